@@ -1,0 +1,144 @@
+"""The command line: each command is one call into the floor below."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tercet.types import TercetError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Learning from human preferences: SFT, a reward model from comparisons, PPO.",
+    pretty_exceptions_enable=False,
+)
+ConfigFile = Annotated[Path, typer.Argument(help="the configuration, a YAML file")]
+Set = Annotated[list[str], typer.Option("--set", help="override a setting: section.key=value", default_factory=list)]
+From = Annotated[str | None, typer.Option("--from", help="redo this stage and those after it")]
+
+
+@app.command()
+def init(file: Annotated[Path, typer.Argument(help="where to write it")] = Path("tercet.yaml")) -> None:
+    """Write a commented configuration file."""
+    from tercet.config import commented_yaml
+
+    if file.exists():
+        raise TercetError(f"{file} exists already: remove it first, or name another file")
+    file.write_text(commented_yaml(), encoding="utf-8")
+    print(f"{file} written. Set model.name and the files under data:, then: tercet run {file}")
+
+
+@app.command()
+def run(config: ConfigFile, settings: Set, from_stage: From = None) -> None:
+    """All stages that the configuration has data for; finished ones are skipped."""
+    _run(config, settings, None, from_stage)
+
+
+@app.command()
+def pretrain(config: ConfigFile, settings: Set, from_stage: From = None) -> None:
+    """Language modelling from scratch (where model.scratch is set)."""
+    _run(config, settings, ["pretrain"], from_stage)
+
+
+@app.command()
+def sft(config: ConfigFile, settings: Set, from_stage: From = None) -> None:
+    """Stage 1: supervised fine-tuning on demonstrations."""
+    _run(config, settings, ["sft"], from_stage)
+
+
+@app.command()
+def reward(config: ConfigFile, settings: Set, from_stage: From = None) -> None:
+    """Stage 2: a reward model from comparisons."""
+    _run(config, settings, ["reward"], from_stage)
+
+
+@app.command()
+def ppo(config: ConfigFile, settings: Set, from_stage: From = None) -> None:
+    """Stage 3: PPO against the reward, with a KL penalty to the SFT policy."""
+    _run(config, settings, ["ppo"], from_stage)
+
+
+@app.command()
+def evaluate(config: ConfigFile, settings: Set, from_stage: From = None) -> None:
+    """Base, SFT and PPO on held-out prompts."""
+    _run(config, settings, ["evaluate"], from_stage)
+
+
+@app.command()
+def report(config: ConfigFile, settings: Set) -> None:
+    """Write report.html anew from the run folder."""
+    from tercet.config import load_config
+    from tercet.pipeline import Pipeline
+
+    pipeline = Pipeline(load_config(config, settings))
+    pipeline.write_summary()
+    print(pipeline.write_report())
+
+
+@app.command()
+def doctor(config: ConfigFile, settings: Set) -> None:
+    """Everything that can be known to be wrong before hours are spent."""
+    from tercet.config import load_config
+    from tercet.doctor import examine
+
+    if not examine(load_config(config, settings)):
+        raise typer.Exit(2)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="a prompt; may be given several times")],
+    stage: Annotated[list[str], typer.Option("--stage", help="sft, ppo or base; by default all there are", default_factory=list)],
+    seed: Annotated[int, typer.Option(help="of the random numbers, shared by all stages")] = 0,
+) -> None:
+    """Sample responses of the run's policies side by side, with reward scores."""
+    from tercet.sampler import sample_side_by_side
+
+    sample_side_by_side(folder, prompt, stage, seed)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="the run folder")] = Path("runs/quickstart"),
+    settings: Annotated[list[str] | None, typer.Option("--set", help="override a setting: section.key=value")] = None,
+    from_stage: From = None,
+) -> None:
+    """The embedded world: a tiny model from scratch through all stages, offline, in minutes."""
+    from tercet.quickstart import run_quickstart
+
+    run_quickstart(output, settings or [], from_stage)
+
+
+def _run(config: Path, settings: list[str], stages: list[str] | None, from_stage: str | None) -> None:
+    from tercet.config import load_config
+    from tercet.pipeline import Pipeline
+    from tercet.table import print_summary
+
+    result = Pipeline(load_config(config, settings)).run(stages, from_stage)
+    print_summary(result)
+
+
+def main() -> None:
+    """Entry point: a TercetError is one message and status 2; an interrupted run says how to go on."""
+    from tercet.runtime.interrupted import Interrupted
+
+    try:
+        app()
+    except TercetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted:
+        print("stopped; the state is saved, and the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

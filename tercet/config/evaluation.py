@@ -1,0 +1,41 @@
+"""Settings of the evaluation after training, of the checkpoints and of the machine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tercet.config.ppo import RewardTerm
+from tercet.config.section import Section, setting
+
+
+class EvaluationConfig(Section):
+    """Responses to held-out prompts of the base model, SFT and PPO, with the same random numbers."""
+
+    prompts: int = setting(500, "held-out prompts used at most", ge=1)
+    greedy: bool = setting(False, "take the likeliest token instead of sampling at the training temperature")
+    judges: dict[str, RewardTerm] = setting({}, "further judges by name, beside the reward model and the second reward model")
+    gold: str | None = setting(None, "where the truth is known: file.py:name or module:name, a function as in ppo.rewards")
+    group_by: str | None = setting(None, "a field of the prompts; each of its values is reported apart")
+    main_group: str | None = setting(
+        None, "the value of that field whose prompts the headline figures are over; empty: all prompts"
+    )
+
+
+class CheckpointConfig(Section):
+    """Exact-resume state, written while a stage runs."""
+
+    every: int = setting(50, "optimizer steps (PPO: iterations) between checkpoints", ge=1)
+    keep: int = setting(2, "checkpoints kept per stage", ge=1)
+
+
+class MachineConfig(Section):
+    """What `auto` chose is written to the run folder's config.yaml and used again on resume."""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:0, mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "of matrix products; master weights, losses and log-probabilities are never below float32"
+    )
+    threads: Literal["auto"] | int = setting("auto", "CPU threads of this process")
+    microbatch_tokens: Literal["auto"] | int = setting(
+        "auto", "tokens per forward, padding counted; lower it when memory runs out"
+    )

@@ -1,0 +1,271 @@
+"""The whole configuration: reading, `--set`, errors that name the way out, and the commented file of `tercet init`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from tercet.config.data import DataConfig
+from tercet.config.evaluation import CheckpointConfig, EvaluationConfig, MachineConfig
+from tercet.config.model import ModelConfig
+from tercet.config.ppo import PPOConfig
+from tercet.config.section import Path, Section, setting
+from tercet.config.training import PretrainConfig, RewardConfig, SFTConfig
+from tercet.types import TercetError
+
+
+class Config(Section):
+    """One run: data, models, the stages and the machine."""
+
+    output: Path = setting("run", "the run folder: everything that the run writes")
+    seed: int = setting(0, "of every random number", ge=0, lt=2**31)
+    model: ModelConfig = setting(..., "the pretrained model")
+    data: DataConfig = setting(DataConfig(), "the user's files")
+    pretrain: PretrainConfig = setting(PretrainConfig(), "language modelling from scratch, where data.pretrain is given")
+    sft: SFTConfig = setting(SFTConfig(), "stage 1")
+    reward: RewardConfig = setting(RewardConfig(), "stage 2")
+    ppo: PPOConfig = setting(PPOConfig(), "stage 3")
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), "after training")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "exact-resume state")
+    machine: MachineConfig = setting(MachineConfig(), "device, precision and threads")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where 1.1 surprises: 1e-5 is a number, a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+    if twice is not None:
+        raise TercetError(f"{node.start_mark.name}: the key {twice!r} is given twice: remove one of them")
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """YAML text to plain values; TercetError names the line that cannot be read."""
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise TercetError(f"{name}{line}: this is not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    finally:
+        loader.dispose()
+
+
+def load_config(source: str | FilePath | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration.
+
+    `source` is a YAML file, a mapping or a Config; `overrides` are "section.key=value" with values in YAML. Paths in a file are
+    relative to the file, paths in overrides and mappings to the working directory; in the result all are absolute.
+    """
+    if isinstance(source, Config):
+        name, values, base = "configuration", source.model_dump(), FilePath.cwd()
+    elif isinstance(source, Mapping):
+        name, values, base = "configuration", dict(source), FilePath.cwd()
+    else:
+        name, values, base = str(source), _read(FilePath(source)), FilePath(source).resolve().parent
+    values = _absolute_paths(values, base)
+    for override in overrides:
+        _apply(values, override)
+    values = _absolute_paths(values, FilePath.cwd())
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise TercetError("\n".join(f"{name}: {line}" for line in _explain(error))) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration with every value explicit."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=130, allow_unicode=True)
+
+
+def commented_yaml() -> str:
+    """A configuration file with every field, its default and its explanation."""
+    return "".join(
+        [
+            "# Tercet: SFT -> reward model -> PPO. Run with: tercet run tercet.yaml\n",
+            "# Paths are relative to this file. Every field is listed with its default; delete what you do not change.\n\n",
+            *_commented(Config, indent=""),
+        ]
+    )
+
+
+_EXAMPLES = {
+    ("model", "name"): "gpt2",
+    ("data", "sft"): "demonstrations.jsonl",
+    ("data", "comparisons"): "comparisons.jsonl",
+    ("data", "prompts"): "prompts.jsonl",
+}
+
+
+def _commented(section: type[Section], indent: str, parent: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        inner = _section_of(info)
+        if inner is not None and not info.is_required() and info.default is None:
+            yield f"{indent}# {name}:  # {info.description}\n"
+            yield from (f"{indent}# {line[len(indent) :]}" for line in _commented(inner, indent + "  "))
+        elif inner is not None:
+            yield f"{indent}{name}:  # {info.description}\n"
+            yield from _commented(inner, indent + "  ", name)
+            yield "" if indent else "\n"
+        else:
+            default = info.get_default(call_default_factory=True)
+            value = _EXAMPLES.get((parent, name), [d.model_dump() for d in default] if _is_section_list(default) else default)
+            text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+            yield f"{indent}{name}: {text}  # {info.description}\n"
+
+
+def _is_section_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Section)
+
+
+def _section_of(info: FieldInfo, inside_containers: bool = False) -> type[Section] | None:
+    """The section that a field holds: itself, `Section | None`, or the elements of a list or mapping."""
+    container = get_origin(info.annotation) in (list, dict)
+    kinds = get_args(info.annotation) if not container or inside_containers else ()
+    return next((kind for kind in (info.annotation, *kinds) if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _read(path: FilePath) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TercetError(f"{path}: no such file; `tercet init` writes a configuration to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise TercetError(f"{path}: cannot be read: {reason}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise TercetError(
+            f"{path}: expected sections such as `model:` and `data:`, found {type(values).__name__}; see `tercet init`"
+        )
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise TercetError(f"--set {override}: expected section.key=value, for example --set ppo.kl.coef=0.02")
+    node: Any = values
+    for depth, part in enumerate(parts[:-1]):
+        child = node.get(part)
+        if child is None:
+            child = {}
+        elif not isinstance(child, dict):
+            raise TercetError(f"--set {override}: {'.'.join(parts[: depth + 1])} is not a section")
+        node[part] = dict(child)
+        node = node[part]
+    node[parts[-1]] = parse_yaml(text, f"--set {key}")
+
+
+def _absolute_paths(values: dict[str, Any], base: FilePath) -> dict[str, Any]:
+    """Make the values that name files absolute. A model or data set name that is no existing path stays as it is."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+    def absolute(section: Any, keys: Sequence[str], must_exist: bool) -> None:
+        if not isinstance(section, dict):
+            return
+        for key in keys:
+            value = section.get(key)
+            if isinstance(value, str) and value and not os.path.isabs(value):
+                path = base / os.path.expanduser(value)
+                if not must_exist or path.exists():
+                    section[key] = str(path.resolve())
+
+    absolute(result, ["output"], must_exist=False)
+    absolute(result.get("model"), ["name"], must_exist=True)
+    absolute(
+        result.get("data"), [name for name in DataConfig.model_fields if name not in ("held_out", "max_prompt_length")], True
+    )
+    absolute(result.get("reward"), ["use"], must_exist=True)
+    absolute(result.get("ppo"), ["policy", "value_model"], must_exist=True)
+    _absolute_functions(result, base)
+    return result
+
+
+def _absolute_functions(values: dict[str, Any], base: FilePath) -> None:
+    def absolute(text: Any) -> Any:
+        file, _, name = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+        return f"{(base / file).resolve()}:{name}" if file.endswith(".py") and not os.path.isabs(file) else text
+
+    def term(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        model = value.get("model")
+        if isinstance(model, str) and not os.path.isabs(model) and (base / model).exists():
+            value = {**value, "model": str((base / model).resolve())}
+        return {**value, "function": absolute(value["function"])} if "function" in value else value
+
+    ppo, evaluation = values.get("ppo"), values.get("evaluation")
+    if isinstance(ppo, dict) and isinstance(ppo.get("rewards"), list):
+        ppo["rewards"] = [term(value) for value in ppo["rewards"]]
+    if isinstance(evaluation, dict):
+        if "gold" in evaluation:
+            evaluation["gold"] = absolute(evaluation["gold"])
+        if isinstance(evaluation.get("judges"), dict):
+            evaluation["judges"] = {key: term(value) for key, value in evaluation["judges"].items()}
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden":
+            yield _unknown_key(path)
+        elif problem["type"] == "missing":
+            yield f"{'.'.join(path)} is missing: {_section_at(path[:-1]).model_fields[path[-1]].description}"
+        else:
+            found = problem["input"]
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(found, dict | Section) else f" (found {found!r})"
+            yield f"{'.'.join(path) or 'configuration'}: {message}{shown}"
+
+
+def _section_at(path: Sequence[str]) -> type[Section]:
+    section: type[Section] = Config
+    for part in path:
+        inner = _section_of(section.model_fields[part], inside_containers=True) if part in section.model_fields else None
+        section = inner or section
+    return section
+
+
+def _unknown_key(path: Sequence[str]) -> str:
+    known = list(_section_at(path[:-1]).model_fields)
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.7)
+    flat = {"_".join(place[-depth:]): ".".join(place) for place in _all_keys(Config) for depth in (2, 1)}
+    elsewhere = difflib.get_close_matches(path[-1], flat, n=1, cutoff=0.8)
+    if near:
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?"
+    elif elsewhere:
+        hint = f"did you mean {flat[elsewhere[0]]}?"
+    else:
+        hint = f"known here: {', '.join(known)}"
+    return f"{'.'.join(path)}: unknown key; {hint}"
+
+
+def _all_keys(section: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, info in section.model_fields.items():
+        yield (*prefix, name)
+        inner = _section_of(info)
+        if inner is not None:
+            yield from _all_keys(inner, (*prefix, name))

@@ -1,0 +1,137 @@
+"""The project's own decode loop over a Hugging Face model with its key-value cache."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tercet.algo.masks import position_ids
+from tercet.generation.sampling import inverse_cdf
+from tercet.models.roles import Policy
+from tercet.types import Sequences, TokenRow
+
+
+class NativeGenerator:
+    """Samples from softmax(logits / temperature): no top-k, no top-p, no repetition penalty, whatever the checkpoint suggests.
+
+    A response ends with the first of `stop_ids`, or with the token that completes one of `stop_texts`, at index >=
+    `truncate_after`; the ending token is kept. Rows that have ended leave the batch. Pads stand on the left in here, and nowhere
+    else in Tercet: then a model with a sliding window sees the right distances.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        stop_ids: list[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        truncate_after: int = 0,
+        stop_texts: list[str] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ):
+        self._policy = policy
+        # Under autocast every decoding step would cast every weight anew; a copy already cast reads half the bytes.
+        self._engine = policy if policy.compute_dtype is not torch.bfloat16 else copy.deepcopy(policy)
+        if self._engine is not policy:
+            self._engine.freeze()
+        self._takes_positions = "position_ids" in inspect.signature(policy.model.forward).parameters
+        self._stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=policy.device)
+        self._stop_texts = stop_texts or []
+        self._decode = decode
+        self._max_new_tokens = max_new_tokens
+        self._temperature = temperature
+        self._truncate_after = truncate_after
+        self.version = 0
+
+    @torch.no_grad()
+    def sync(self, version: int) -> None:
+        """Take over the policy's present weights as number `version`."""
+        if self._engine is not self._policy:
+            for own, present in zip(self._engine.parameters(), self._policy.parameters()):
+                own.copy_(present)
+        self.version = version
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], uniforms: Tensor | None) -> Sequences:
+        """One response for each prompt; uniforms (B, >= max_new_tokens) float64, None for greedy decoding."""
+        device, steps = self._policy.device, self._max_new_tokens
+        inputs, mask = _left_padded(prompts, device)
+        positions = position_ids(mask)
+        cache = DynamicCache(config=self._engine.model.config)
+        rows = torch.arange(len(prompts), device=device)  # the active rows' places in the batch
+        responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
+        logprobs = torch.zeros(len(prompts), steps, dtype=torch.float32, device=device)
+        lengths = torch.zeros_like(rows)
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for step in range(steps):
+            logits = self._next_logits(inputs, mask, positions, cache)
+            uniform = None if uniforms is None else uniforms[rows.cpu(), step]
+            tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
+            responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.float(), step + 1
+            ended = self._ended(tokens, responses, rows, step)
+            finished[rows[ended]] = True
+            going = ~ended
+            if not going.any():
+                break
+            if ended.any():
+                rows, tokens, mask, positions = rows[going], tokens[going], mask[going], positions[going]
+                cache.batch_select_indices(going.nonzero().squeeze(1))
+            inputs = tokens[:, None]
+            positions = positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return _assemble(prompts, responses, lengths, finished, logprobs, self.version)
+
+    def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits (B, V) of the token after the last input."""
+        engine = self._engine
+        extra = {"position_ids": positions} if self._takes_positions else {}
+        arguments = {"input_ids": inputs, "attention_mask": mask.long(), "past_key_values": cache, "use_cache": True, **extra}
+        with engine.autocast():
+            if engine.own_logits:
+                return engine.model(**arguments, logits_to_keep=1).logits[:, -1]
+            return engine.head(engine.model.base_model(**arguments).last_hidden_state[:, -1])
+
+    def _ended(self, tokens: Tensor, responses: Tensor, rows: Tensor, step: int) -> Tensor:
+        if step < self._truncate_after:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        ended = torch.isin(tokens, self._stop_ids)
+        if self._stop_texts:
+            # A text may be split into tokens in many ways, so the end of the decoded response is looked at, not ids.
+            assert self._decode is not None
+            longest = max(len(text.encode()) for text in self._stop_texts)
+            tails = responses[rows, max(0, step + 1 - longest) : step + 1].tolist()
+            before = [tail[:-1] for tail in tails]
+            for place, (tail, shorter) in enumerate(zip(tails, before)):
+                text, earlier = self._decode(tail), self._decode(shorter)
+                if any(text.count(stop) > earlier.count(stop) for stop in self._stop_texts):
+                    ended[place] = True
+        return ended
+
+
+def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, width - len(prompt) :] = True
+    return ids.to(device), mask.to(device)
+
+
+def _assemble(
+    prompts: list[list[int]], responses: Tensor, lengths: Tensor, finished: Tensor, logprobs: Tensor, version: int
+) -> Sequences:
+    """Back to the layout of everything outside: right-padded, contiguous."""
+    kept = [response[:length] for response, length in zip(responses.tolist(), lengths.tolist())]
+    rows = [TokenRow((*prompt, *response), len(prompt)) for prompt, response in zip(prompts, kept)]
+    sequences = Sequences.from_rows(rows).to(responses.device)
+    sequences.finished = finished
+    sequences.sampler_logprobs = logprobs[:, : sequences.max_response]
+    sequences.policy_version = version
+    return sequences

@@ -1,0 +1,54 @@
+"""Random numbers as a pure function of their place, and exact sampling from softmax(logits / T)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK = 256
+PURPOSES = ("rollout", "evaluation", "normalisation")
+
+
+def uniforms(seed: int, purpose: str, iteration: int, rows: Tensor | range, steps: int) -> Tensor:
+    """Uniform numbers in [0, 1), (len(rows), steps) float64.
+
+    The number for token t of prompt i in iteration k depends on (seed, purpose, k, i, t) alone: not on the rank, the batch's size,
+    its other rows or a resume. Philox is a counter-based generator (Salmon 2011); each row has a counter range of its own.
+    """
+    key = np.array([seed, PURPOSES.index(purpose)], dtype=np.uint64)
+    numbers = np.empty((len(rows), steps))
+    for place, row in enumerate(rows):
+        counter = np.array([0, 0, int(row), iteration], dtype=np.uint64)
+        numbers[place] = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(steps)
+    return torch.from_numpy(numbers)
+
+
+def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw from softmax(logits / temperature) with one uniform number a row: the first token whose cumulative mass exceeds it.
+
+    logits (B, V), uniform (B,) float64 or None for the likeliest token. Returns tokens (B,) int64 and their log-probabilities in
+    float32 or wider. Two levels (blocks, then tokens of the chosen block) with sums in float64: one pass over the vocabulary in
+    the logits' own precision, and a tail of 150,000 tokens keeps its mass.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    scaled = logits / temperature if temperature != 1.0 else logits
+    top = scaled.max(dim=-1, keepdim=True)
+    mass = torch.exp(scaled - top.values)
+    blocks = -(-mass.shape[1] // _BLOCK)
+    padded = torch.nn.functional.pad(mass, (0, blocks * _BLOCK - mass.shape[1])).view(-1, blocks, _BLOCK)
+    cumulative = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1]
+    if uniform is None:
+        tokens = top.indices.squeeze(-1)
+    else:
+        point = uniform.to(total.device) * total
+        block = (cumulative <= point[:, None]).sum(-1).clamp(max=blocks - 1)
+        before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+        inner_mass = padded[torch.arange(len(block), device=block.device), block].double()
+        inner = (inner_mass.cumsum(-1) <= (point - before)[:, None]).sum(-1)
+        # Rounding may leave the point a hair beyond the block's own sum: the last token with any mass takes it.
+        last = _BLOCK - 1 - (inner_mass.flip(-1) > 0).int().argmax(-1)
+        tokens = block * _BLOCK + torch.minimum(inner, last)
+    picked = scaled.gather(1, tokens[:, None]) - top.values
+    return tokens, picked.squeeze(1) - total.log().to(picked.dtype)

@@ -1,0 +1,1 @@
+"""What each stage needs around its training loop."""

@@ -1,0 +1,221 @@
+"""The training stages with what each needs around its loop: records and models in, checkpoints out.
+
+A job runs in RUN/<stage>, leaves finished checkpoints there and returns the figures for summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tercet.config import Config
+from tercet.data.records import judge_split, read_comparisons, read_demonstrations, split
+from tercet.generation.sampling import uniforms
+from tercet.jobs.evaluation import judges_of, sampling_of
+from tercet.jobs.workshop import Workshop, model_card
+from tercet.models.load import (
+    new_causal_lm,
+    save_policy,
+    train_tokenizer,
+)
+from tercet.models.roles import ScoreModel, init_score_head
+from tercet.runtime.checkpoint import replace_folder, write_json
+from tercet.stages.evaluate import respond
+from tercet.stages.ppo import train_ppo
+from tercet.stages.reward import normalise, train_reward_model
+from tercet.stages.rollout import Actors
+from tercet.stages.sft import train_sft
+from tercet.types import Demonstration, Sequences, TercetError
+
+Figures = dict[str, Any]
+
+
+def create_scratch(config: Config, folder: Path) -> None:
+    """Train a tokenizer on the run's own text and make a model with random weights."""
+    scratch = config.model.scratch
+    source = config.data.pretrain or config.data.sft
+    if scratch is None or source is None:
+        raise TercetError("model.scratch needs text to train its tokenizer on: set data.pretrain or data.sft")
+    records = [*read_demonstrations(source), *(read_demonstrations(config.data.sft) if config.data.sft else [])]
+    tokenizer = train_tokenizer((_whole_text(record) for record in records), scratch.vocab_size)
+    longest = config.data.max_prompt_length + config.ppo.max_new_tokens
+    positions = max(longest, config.pretrain.max_length, config.sft.max_length, config.reward.max_length)
+    model = new_causal_lm(scratch.architecture, scratch.options, tokenizer, positions=positions, seed=config.seed)
+    temporary = folder.with_name(f".{folder.name}.writing")
+    save_policy(
+        model, tokenizer, temporary, temperature=1.0, stop_ids=[tokenizer.eos_token_id], card=model_card("Random weights.")
+    )
+    replace_folder(temporary, folder)
+
+
+def run_pretrain(shop: Workshop) -> Figures:
+    """Language modelling from scratch on data.pretrain: every token counts."""
+    source = shop.config.data.pretrain
+    if source is None:
+        return {}
+    train, held_out = split(read_demonstrations(source), shop.config.data.held_out)
+    policy = shop.load_policy(shop.base)
+    figures = train_sft(
+        shop.stage_run("pretrain", "pretrain"),
+        shop.config.pretrain,
+        policy,
+        shop.template,
+        train,
+        held_out,
+        loss_on="all",
+        seed=shop.config.seed,
+    )
+    shop.write_policy(policy, Path(shop.base), "A language model trained from scratch by Tercet.")
+    return figures
+
+
+def run_sft(shop: Workshop) -> Figures:
+    """Stage 1: demonstrations -> sft/model."""
+    config = shop.config
+    assert config.data.sft is not None
+    train: list[Demonstration] = read_demonstrations(config.data.sft)
+    held_out: list[Demonstration] = read_demonstrations(config.data.eval_sft) if config.data.eval_sft else []
+    if not config.data.eval_sft:
+        train, held_out = split(train, config.data.held_out)
+    policy = shop.load_policy(shop.base, dropout=config.sft.dropout)
+    run = shop.stage_run("sft", "sft")
+    figures = train_sft(run, config.sft, policy, shop.template, train, held_out, loss_on=config.sft.loss_on, seed=config.seed)
+    shop.write_policy(policy, shop.folder / "sft/model", "Supervised fine-tuning on demonstrations, by Tercet.")
+    return figures
+
+
+def run_reward(shop: Workshop) -> Figures:
+    """Stage 2: comparisons -> reward/model, and reward/judge from comparisons that the first never saw."""
+    config = shop.config
+    assert config.data.comparisons is not None
+    train = read_comparisons(config.data.comparisons)
+    dropped = sum(train.dropped.values())
+    held_out = read_comparisons(config.data.eval_comparisons) if config.data.eval_comparisons else []
+    own = list(train)
+    if not config.data.eval_comparisons:
+        own, held_out = split(own, config.data.held_out)
+    own, for_judge = judge_split(own) if config.reward.judge else (own, [])
+    samples = _normalisation_samples(shop)
+    figures: Figures = {"reward.dropped": dropped}
+    for name, records in (("reward", own), ("judge", for_judge)):
+        if not records:
+            continue
+        model = shop.load_scorer(shop.sft_source, frozen=False, num_labels=1)
+        init_score_head(model.head, torch.Generator().manual_seed(config.seed + (name == "judge")))
+        folder = "reward" if name == "reward" else "reward/judge"
+        run = shop.stage_run(name, folder)
+        seed = config.seed if name == "reward" else config.seed + 1
+        trained, pairs = train_reward_model(run, config.reward, model, shop.template, records, held_out, seed=seed)
+        if samples is not None:
+            trained |= normalise(model, samples, shop.machine.microbatch_tokens)
+        if shop.world.is_main:
+            write_json(run.folder / "held_out.json", pairs)
+        if name == "reward":
+            figures |= trained
+            _write_probe(shop, model, samples, held_out or own)
+        else:
+            figures |= {key.replace("reward.", "judge."): value for key, value in trained.items()}
+        about = "A reward model trained on comparisons by Tercet. Score = logit + score_offset of config.json."
+        shop.write_scorer(model, shop.folder / ("reward/model" if name == "reward" else "reward/judge/model"), about)
+    return figures
+
+
+def run_ppo(shop: Workshop) -> Figures:
+    """Stage 3: prompts -> ppo/model and ppo/value."""
+    config = shop.config.ppo
+    policy = shop.load_policy(config.policy or shop.sft_source)
+    ref_policy = shop.load_policy(shop.sft_source, frozen=True)
+    _check_probe(shop)
+    value_model = _value_model(shop)
+    actors = Actors(policy, ref_policy, value_model, shop.generator(policy), shop.scorer(config.rewards))
+    held_out, judges, sampling = shop.prompts(held_out=True), judges_of(shop, actors.scorer), sampling_of(shop)
+
+    def evaluate(iteration: int) -> Figures:
+        actors.generator.sync(version=iteration)
+        rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling, shop.world)
+        return {f"eval_{key}" if key in ("score", "kl") else key: _mean_of(rows, key) for key in ("score", "kl", *judges.others)}
+
+    metrics = train_ppo(
+        shop.stage_run("ppo", "ppo", counter="iteration"),
+        config,
+        actors,
+        shop.prompts(held_out=False),
+        seed=shop.config.seed,
+        evaluate=evaluate,
+        second_round=config.policy is not None,
+    )
+    shop.write_policy(
+        policy, shop.folder / "ppo/model", "PPO against a reward model with a KL penalty to the SFT policy, by Tercet."
+    )
+    shop.write_scorer(value_model, shop.folder / "ppo/value", "The value model of PPO, for a next round, by Tercet.")
+    return {f"ppo.train_{name}": metrics[name] for name in ("score", "kl", "explained_variance") if name in metrics}
+
+
+def _normalisation_samples(shop: Workshop) -> Sequences | None:
+    """Responses of the SFT policy on which the scores get mean 0 and standard deviation 1."""
+    count = shop.config.reward.normalise_samples
+    if count == 0 or shop.config.data.prompts is None:
+        return None
+    prompts = shop.prompts(held_out=False)
+    policy = shop.load_policy(shop.sft_source, frozen=True)
+    ids = [prompts.ids[i % len(prompts)] for i in range(count)]
+    numbers = uniforms(shop.config.seed, "normalisation", 0, range(count), shop.config.ppo.max_new_tokens)
+    return shop.generator(policy).sample(ids, numbers)
+
+
+def _write_probe(shop: Workshop, model: ScoreModel, samples: Sequences | None, records: Sequence[Any]) -> None:
+    """Eight texts and their scores, for stage 3 to check that it scores them alike."""
+    rows = [shop.template.encode(r.prompt, r.responses[0], max_length=shop.config.reward.max_length).row for r in records[:8]]
+    sequences = samples.select(range(min(8, len(samples)))) if samples is not None else Sequences.from_rows(rows)
+    with torch.no_grad():
+        scores = model(sequences.to(model.device)).tolist()
+    ids = [row[:length] for row, length in zip(sequences.input_ids.tolist(), sequences.lengths.tolist())]
+    if shop.world.is_main:
+        write_json(
+            shop.folder / "reward/probe.json", {"ids": ids, "prompt_lens": sequences.prompt_lens.tolist(), "scores": scores}
+        )
+
+
+def _check_probe(shop: Workshop) -> None:
+    path = shop.folder / "reward/probe.json"
+    if shop.config.reward.use or not path.exists() or all(term.kind != "stage" for term in shop.config.ppo.rewards):
+        return
+    probe = json.loads(path.read_text(encoding="utf-8"))
+    model = shop.load_scorer(shop.reward_source)
+    tolerance = 0.05 if shop.machine.dtype is torch.bfloat16 else 1e-4
+    for ids, prompt_len, wanted in zip(probe["ids"], probe["prompt_lens"], probe["scores"]):
+        row = Sequences(
+            torch.tensor([ids]), torch.tensor([prompt_len]), torch.tensor([len(ids) - prompt_len]), torch.tensor([True])
+        )
+        with torch.no_grad():
+            score = model(row.to(model.device)).item()
+        if abs(score - wanted) > tolerance * max(1.0, abs(wanted)):
+            raise TercetError(
+                f"{shop.reward_source} gives {score:.5f} to a text that it gave {wanted:.5f} when it was trained: the checkpoint, its "
+                "score_offset or the precision has changed since; run `tercet run` with --from reward"
+            )
+
+
+def _value_model(shop: Workshop) -> ScoreModel:
+    """The reward model where stage 2 trained one (or a value model of an earlier round), else the SFT trunk with a zero head."""
+    config = shop.config.ppo
+    if config.value_model is not None:
+        return shop.load_scorer(config.value_model, frozen=False)
+    if any(term.kind == "stage" for term in config.rewards):
+        return shop.load_scorer(shop.reward_source, frozen=False)
+    model = shop.load_scorer(shop.sft_source, frozen=False, num_labels=1)
+    init_score_head(model.head, None)
+    return model
+
+
+def _mean_of(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def _whole_text(record: Demonstration) -> str:
+    prompt = record.prompt if isinstance(record.prompt, str) else " ".join(turn.content for turn in record.prompt)
+    return f"{prompt} {record.response}"

@@ -1,0 +1,196 @@
+"""One run's models, prompts and scorers, made from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tercet.config import Config
+from tercet.config.ppo import RewardTerm
+from tercet.data.batches import microbatches
+from tercet.data.records import read_prompts, split
+from tercet.data.template import Template, response_text
+from tercet.generation.native import NativeGenerator
+from tercet.models.load import (
+    check_vocabulary,
+    context_length,
+    load_causal_lm,
+    load_classifier,
+    load_tokenizer,
+    save_classifier,
+    save_policy,
+    stop_token_ids,
+)
+from tercet.models.roles import Policy, ScoreModel
+from tercet.runtime.checkpoint import replace_folder
+from tercet.runtime.distributed import World
+from tercet.runtime.machine import Machine
+from tercet.runtime.progress import console
+from tercet.runtime.stage import Interrupt, StageRun
+from tercet.scoring.base import Scorer, WeightedSum
+from tercet.scoring.function import FunctionScorer, RewardFunction, load_function
+from tercet.scoring.model import ClassifierScorer, RewardModelScorer
+from tercet.stages.rollout import PromptSet
+from tercet.types import Prompt, TercetError
+
+
+@dataclass
+class Workshop:
+    """One run's configuration and machine, and where its models come from."""
+
+    config: Config
+    folder: Path
+    machine: Machine
+    world: World
+    interrupt: Interrupt
+    base: str  # the pretrained model: a folder or a hub name
+    reward_callables: Sequence[RewardFunction] = field(default_factory=tuple)
+
+    def stage_run(self, name: str, folder: str, counter: str = "step") -> StageRun:
+        checkpoint = self.config.checkpoint
+        return StageRun(
+            name, self.folder / folder, self.world, self.machine, checkpoint.every, checkpoint.keep, counter, self.interrupt
+        )
+
+    @property
+    def sft_source(self) -> str:
+        """The SFT policy: this run's, or without demonstrations the model as it came."""
+        return str(self.folder / "sft/model") if self.config.data.sft else self.base
+
+    @property
+    def reward_source(self) -> str:
+        return self.config.reward.use or str(self.folder / "reward/model")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.base, trust_remote_code=self.config.model.trust_remote_code)
+
+    @cached_property
+    def template(self) -> Template:
+        stop_ids = stop_token_ids(self.base, self.tokenizer)
+        return Template(self.tokenizer, self.config.model.template, self.config.data.max_prompt_length, stop_ids=stop_ids)
+
+    def load_policy(self, source: str, *, frozen: bool = False, dropout: float = 0.0) -> Policy:
+        model = load_causal_lm(source, dropout=dropout, trust_remote_code=self.config.model.trust_remote_code)
+        check_vocabulary(model, self.tokenizer, source)
+        policy = Policy(model, self.machine.dtype).to(self.machine.device).eval()
+        if policy.own_logits:
+            console.print(f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)")
+        if frozen:
+            policy.freeze()
+        return policy
+
+    def load_scorer(self, source: str, *, frozen: bool = True, num_labels: int | None = None) -> ScoreModel:
+        model = load_classifier(source, num_labels=num_labels, trust_remote_code=self.config.model.trust_remote_code)
+        scorer = ScoreModel(model, self.machine.dtype).to(self.machine.device).eval()
+        if frozen:
+            scorer.freeze()
+        return scorer
+
+    def generator(self, policy: Policy) -> NativeGenerator:
+        """A generator with the stop rules and the temperature of PPO; it checks that prompt and response fit the model."""
+        config, positions = self.config.ppo, context_length(policy.model)
+        longest = self.config.data.max_prompt_length + config.max_new_tokens
+        if positions is not None and longest > positions:
+            raise TercetError(
+                f"data.max_prompt_length ({self.config.data.max_prompt_length}) and ppo.max_new_tokens ({config.max_new_tokens}) make "
+                f"{longest} tokens, but the model has {positions} positions: lower one of them, for example "
+                f"data.max_prompt_length={max(1, positions - config.max_new_tokens)}"
+            )
+        encoded = {text: self.tokenizer(text, add_special_tokens=False).input_ids for text in config.stop}
+        single = [ids[0] for ids in encoded.values() if len(ids) == 1]
+        return NativeGenerator(
+            policy,
+            stop_ids=sorted({*self.template.stop_ids, *single}),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            truncate_after=config.truncate_after,
+            stop_texts=[text for text, ids in encoded.items() if len(ids) != 1],
+            decode=lambda ids: response_text(ids, self.tokenizer),
+        )
+
+    def prompts(self, *, held_out: bool) -> PromptSet:
+        """The prompts to train on, or those held out (all of them where none could be held out)."""
+        data = self.config.data
+        assert data.prompts is not None
+        train: list[Prompt] = read_prompts(data.prompts)
+        evaluation: list[Prompt] = read_prompts(data.eval_prompts) if data.eval_prompts else []
+        if not data.eval_prompts:
+            train, evaluation = split(train, data.held_out)
+        records = (evaluation or train)[: self.config.evaluation.prompts] if held_out else train
+        ids = [self.template.prompt_ids(record.prompt, record.origin).ids for record in records]
+        return PromptSet(
+            ids,
+            [record.prompt for record in records],
+            [record.fields for record in records],
+            lambda row: response_text(row, self.tokenizer),
+        )
+
+    def scorer(self, terms: Sequence[RewardTerm]) -> Scorer:
+        """What the terms of a score amount to."""
+        parts: list[tuple[float, Scorer]] = [(term.weight, self._term(term)) for term in terms]
+        parts += [(1.0, FunctionScorer(call, name=getattr(call, "__name__", "reward"))) for call in self.reward_callables]
+        return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else WeightedSum(parts)
+
+    def _term(self, term: RewardTerm) -> Scorer:
+        if term.kind == "stage":
+            return self.reward_scorer(self.load_scorer(self.reward_source))
+        if term.kind == "function":
+            assert term.function is not None
+            return FunctionScorer(load_function(term.function), name=term.function, timeout=term.timeout)
+        assert term.model is not None
+        trust = self.config.model.trust_remote_code
+        model = load_classifier(term.model, trust_remote_code=trust)
+        return ClassifierScorer(model, load_tokenizer_of_any(term.model, trust), label=term.label, name=term.model)
+
+    def reward_scorer(self, model: ScoreModel) -> RewardModelScorer:
+        return RewardModelScorer(model, microbatches, self.machine.microbatch_tokens)
+
+    def write_model(self, final: Path, save: Any) -> None:
+        """Let the first rank write a checkpoint beside its place, then put it there whole."""
+        if self.world.is_main:
+            temporary = final.with_name(f".{final.name}.writing")
+            temporary.mkdir(parents=True, exist_ok=True)
+            save(temporary)
+            replace_folder(temporary, final)
+        self.world.barrier()
+
+    def write_policy(self, policy: Policy, final: Path, about: str) -> None:
+        ids = sorted(self.template.stop_ids)
+        self.write_model(
+            final,
+            lambda folder: save_policy(
+                policy.model.float(),
+                self.tokenizer,
+                folder,
+                temperature=self.config.ppo.temperature,
+                stop_ids=ids,
+                card=model_card(about),
+            ),
+        )
+
+    def write_scorer(self, scorer: ScoreModel, final: Path, about: str) -> None:
+        self.write_model(
+            final, lambda folder: save_classifier(scorer.model.float(), self.tokenizer, folder, card=model_card(about))
+        )
+
+
+def load_tokenizer_of_any(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """A classifier's tokenizer; encoders have no end-of-text token and need none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise TercetError(
+            f"{source}: no tokenizer there, but text must be written in the classifier's own tokens: {error}"
+        ) from None
+
+
+def model_card(about: str) -> str:
+    return f"---\nlibrary_name: transformers\ntags: [tercet]\n---\n{about}\n\nThe run's configuration is config.yaml of its run folder.\n"

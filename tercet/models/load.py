@@ -1,0 +1,218 @@
+"""Checkpoints in and out: tokenizers, causal language models, one-label sequence classifiers; models from scratch.
+
+Every model loads in float32 with dropout 0 (rows 16 and 26 of the checklist) and is saved as an ordinary Hugging Face checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from tercet.types import TercetError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+PAD_TOKEN = "<|tercet_pad|>"
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a hub name; it must have an end-of-text token."""
+    with _explained(source, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise TercetError(
+            f"{source}: its tokenizer has no end-of-text token, so no response could ever end: set eos_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_causal_lm(source: str, *, dropout: float = 0.0, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model in float32, on the CPU."""
+    with _explained(source, "a causal language model"):
+        config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), dropout)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    return model
+
+
+def load_classifier(source: str, *, num_labels: int | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A sequence-classification model in float32. With `num_labels` a causal language model's checkpoint gets a new head."""
+    with _explained(source, "a sequence-classification model"):
+        config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), 0.0)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    return model
+
+
+def new_causal_lm(
+    architecture: str, options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, positions: int, seed: int
+) -> PreTrainedModel:
+    """A causal language model with random weights, the same for the same seed. `positions` is its context, where not in `options`."""
+    try:
+        config = AutoConfig.for_model(architecture)
+    except ValueError:
+        raise TercetError(f"model.scratch.architecture: {architecture!r} is not a model_type of transformers, try gpt2") from None
+    length_key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    wanted = {"vocab_size": len(tokenizer), length_key: positions, **options}
+    for key, value in wanted.items():
+        if not hasattr(config, key):
+            raise TercetError(f"model.scratch.options.{key}: {architecture} has no such setting")
+        setattr(config, key, value)
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = None
+    config.tie_word_embeddings = options.get("tie_word_embeddings", True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return AutoModelForCausalLM.from_config(_set_dropout(config, 0.0), dtype=torch.float32)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise TercetError(f"model.scratch.options: {architecture} cannot be built with them: {error}") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer trained on the given texts; <|endoftext|> (id 0) ends a text, nothing is added at the start."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+
+
+def stop_token_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS and the list in the checkpoint's generation_config.json."""
+    try:
+        listed = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        listed = None
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    return sorted({tokenizer.eos_token_id, *listed})
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """TercetError if the tokenizer can produce an id that the model has no embedding for."""
+    rows = embedding_rows(model)
+    if len(tokenizer) > rows:
+        raise TercetError(
+            f"{source}: the tokenizer has {len(tokenizer)} entries but the model only {rows} embedding rows: they do not belong together"
+        )
+
+
+def count_parameters(source: str, trust_remote_code: bool = False) -> int:
+    """Parameters of a causal language model, without loading its weights."""
+    with _explained(source, "a causal language model"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: ids that may enter the model."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model was built for, None where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    temperature: float,
+    stop_ids: list[int],
+    card: str,
+) -> None:
+    """Write a policy as AutoModelForCausalLM reads it; its generation config samples exactly as Tercet did.
+
+    The tokenizer is saved with pad = EOS where it has no pad token: harmless, because attention masks go with the ids.
+    """
+    saved = AutoTokenizer.from_pretrained(_saved_tokenizer(tokenizer, folder))
+    if saved.pad_token is None:
+        saved.pad_token = saved.eos_token
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=stop_ids, pad_token_id=saved.pad_token_id
+    )
+    model.save_pretrained(folder)
+    saved.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str) -> None:
+    """Write a scorer as AutoModelForSequenceClassification reads it.
+
+    That class looks for the last id that is not pad, so pad must be an id that no text contains (row 8 of section 3): the
+    tokenizer gets a pad token of its own, the input embedding a row for it, unless the checkpoint already has both.
+    """
+    saved = AutoTokenizer.from_pretrained(_saved_tokenizer(tokenizer, folder))
+    if saved.pad_token != PAD_TOKEN:
+        saved.add_special_tokens({"pad_token": PAD_TOKEN})
+    rows = embedding_rows(model)
+    if saved.pad_token_id >= rows:
+        model.resize_token_embeddings(saved.pad_token_id + 1, mean_resizing=False)
+    model.config.pad_token_id = saved.pad_token_id
+    model.save_pretrained(folder)
+    saved.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    # Through the disk, because a tokenizer in use must not change under its users' feet.
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _set_dropout(config: Any, value: float) -> Any:
+    """Set every dropout probability of a model's configuration (GPT-2 has three, each of 0.1 by default)."""
+    for key, present in list(config.to_dict().items()):
+        is_probability = isinstance(present, float | int) and not isinstance(present, bool)
+        if is_probability and ("drop" in key and "layer" not in key or key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")):
+            setattr(config, key, value)
+    for key in ("layerdrop", "layer_dropout", "encoder_layerdrop", "decoder_layerdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return config
+
+
+@contextlib.contextmanager
+def _explained(source: str, wanted: str) -> Any:
+    """Turn what from_pretrained raises into one sentence; keep its chatter out of the terminal."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except TercetError:
+        raise
+    except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, ... by no stated rule
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = " (the hub is switched off or out of reach: give a folder)" if "offline" in str(error).lower() else ""
+        raise TercetError(f"{source}: cannot be loaded as {wanted}{hint}: {first}") from error

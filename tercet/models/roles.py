@@ -1,0 +1,158 @@
+"""The roles of a run: each is one module whose forward takes Sequences and returns response-aligned tensors.
+
+Autocast is entered inside these forwards and nowhere else, so all roles compute in the same precision. Dropout is 0. No attention
+mask is passed: in the right-padded layout a causal model's real tokens never see a pad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
+from tercet.models.load import embedding_rows
+from tercet.types import Sequences, TercetError
+
+
+class _Role(nn.Module):
+    """A Hugging Face model with the precision that it computes in."""
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype):
+        super().__init__()
+        self.model = model.double() if compute_dtype is torch.float64 else model
+        self.compute_dtype = compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute_dtype is torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def hidden(self, sequences: Sequences) -> Tensor:
+        """Last hidden states, (B, L, D)."""
+        return self.model.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+
+    def freeze(self) -> None:
+        """No gradients; under bfloat16 the weights of linear layers are stored in it: the same cast that autocast makes."""
+        self.requires_grad_(False).eval()
+        if self.compute_dtype is not torch.bfloat16:
+            return
+        tied = {id(p) for module in self.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+        for module in self.model.base_model.modules():
+            if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in tied:
+                module.to(torch.bfloat16)
+
+
+class Policy(_Role):
+    """A causal language model that gives the log-probabilities of response tokens."""
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32):
+        super().__init__(model, compute_dtype)
+        self.own_logits = not _head_is_plain(model)
+
+    def forward(
+        self, sequences: Sequences, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and, on request, entropies of the policy at each response token.
+
+        Returns (B, T) tensors in float32 or wider, 0 outside sequences.response_mask; entropies carry no gradient.
+        """
+        mask, targets = sequences.response_mask, sequences.response_ids
+        with self.autocast():
+            if self.own_logits:
+                states = self.model(input_ids=sequences.input_ids, use_cache=False).logits
+                picked = response_states(states, sequences.prompt_lens, mask.shape[1])[mask]
+                logprobs, entropy = logits_logprobs(picked, targets[mask], temperature=temperature, with_entropy=with_entropy)
+            else:
+                picked = response_states(self.hidden(sequences), sequences.prompt_lens, mask.shape[1])[mask]
+                logprobs, entropy = token_logprobs(
+                    picked, targets[mask], self.head, temperature=temperature, with_entropy=with_entropy
+                )
+        return _spread(logprobs, mask), None if entropy is None else _spread(entropy, mask)
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """The output layer: states (N, D) to logits (N, V)."""
+        return self.model.get_output_embeddings()
+
+
+class ScoreModel(_Role):
+    """A causal trunk with a one-label head: a reward model (scores of whole texts) or a value model (values before each token).
+
+    score = the head's output + `offset`, which Hugging Face heads, having no bias, keep as score_offset in config.json.
+    """
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32):
+        super().__init__(model, compute_dtype)
+        self.head = score_head(model)
+        self.offset = float(getattr(model.config, "score_offset", 0.0))
+
+    def forward(self, sequences: Sequences, *, per_token: bool = False) -> Tensor:
+        """Scores (B,) read at the last real token; with `per_token` values (B, T), values[:, t] = V(x, y_<t), 0 outside the mask."""
+        with self.autocast():
+            hidden = self.hidden(sequences)
+        if per_token:
+            mask = sequences.response_mask
+            states = response_states(hidden, sequences.prompt_lens, mask.shape[1])[mask]
+            return _spread(self._score(states), mask)
+        return self._score(last_states(hidden, sequences.lengths))
+
+    def _score(self, states: Tensor) -> Tensor:
+        return self.head(states.to(self.head.weight.dtype)).squeeze(-1) + self.offset
+
+    def normalise(self, gain: float, bias: float) -> None:
+        """From now on score = gain * score + bias (Ziegler 2019): the gain goes into the head's weight, the rest into the offset."""
+        with torch.no_grad():
+            self.head.weight.mul_(gain)
+        self.set_offset(gain * self.offset + bias)
+
+    def set_offset(self, offset: float) -> None:
+        self.offset = offset
+        self.model.config.score_offset = offset
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    """The one-label head of a sequence-classification model."""
+    for name in ("score", "classifier", "qa_outputs"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            if head.out_features != 1:
+                raise TercetError(
+                    f"{model.config.name_or_path or 'the reward model'} has {head.out_features} labels, a reward model has one: "
+                    "use it in ppo.rewards as {kind: classifier, model: ..., label: ...}"
+                )
+            return head
+    raise TercetError(f"{type(model).__name__} has no linear head named score: it cannot serve as reward or value model")
+
+
+def init_score_head(head: nn.Linear, generator: torch.Generator | None) -> None:
+    """Weight from N(0, 1/(d+1)) (Stiennon 2020); zeros without a generator, so that a new value model starts at 0."""
+    with torch.no_grad():
+        if generator is None:
+            head.weight.zero_()
+        else:
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def _head_is_plain(model: PreTrainedModel) -> bool:
+    """Whether head(hidden) gives the model's own logits; not so where a model scales or caps them (Gemma-2, Cohere, Granite)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    probe = torch.arange(4, device=model.device)[None] % embedding_rows(model)
+    hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+    return torch.allclose(head(hidden), model(input_ids=probe, use_cache=False).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,68 @@
+"""What a rule says, and the intervals that rules share."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from tercet.report.load import RunData, number
+
+Z95 = 1.96
+FEW_LINES = 4  # rules over a series say nothing about shorter ones
+
+Level = Literal["error", "warning", "ok"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the verdict. figure: the number it rests on, as text; stage: which stage it speaks of; rule: its name."""
+
+    level: Level
+    title: str
+    text: str
+    figure: str
+    stage: str
+    rule: str
+
+
+Rule = Callable[[RunData], Iterable[Finding]]
+
+
+def interval_of_mean(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % normal interval. One value has no spread: the interval is infinite."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    half = Z95 * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """95 % interval of a share seen in `count` trials (Wilson 1927)."""
+    z2 = Z95 * Z95
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 * math.sqrt(max(0.0, share * (1 - share)) / count + z2 / (4 * count * count)) / (1 + z2 / count)
+    return centre - half, centre + half
+
+
+def accuracy_interval(run: RunData) -> tuple[float, float] | None:
+    """The 95 % interval of the reward model's held-out accuracy: as recorded, else from the number of pairs."""
+    low, high = run.value("reward.eval_accuracy_low"), run.value("reward.eval_accuracy_high")
+    if low is not None and high is not None:
+        return low, high
+    accuracy, pairs = run.value("reward.eval_accuracy"), run.value("reward.eval_pairs")
+    return wilson(accuracy, pairs) if accuracy is not None and pairs else None
+
+
+def score_gains(run: RunData) -> list[float]:
+    """PPO's score minus SFT's on each held-out prompt that has both."""
+    pairs = ((number(row.get("ppo_score")), number(row.get("sft_score"))) for row in run.samples)
+    return [ppo - sft for ppo, sft in pairs if ppo is not None and sft is not None]
+
+
+def last(values: list[float], share: float) -> list[float]:
+    """The last `share` of a series, at least one value."""
+    return values[-max(1, round(len(values) * share)) :]

@@ -1,0 +1,85 @@
+"""RunData -> report.html: one file, no scripts, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from tercet.report import tables
+from tercet.report.curves import Plot, stage_plots
+from tercet.report.findings import Finding
+from tercet.report.load import STAGES, RunData, load_run
+from tercet.report.samples import OPEN, shelves
+from tercet.report.text import curly, plain, show_count
+from tercet.report.verdict import verdict
+
+CONFIG_CHARACTERS = 200_000
+REPORT = "report.html"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Read the run folder, write RUN/report.html atomically, return its path.
+
+    Parts of the run that are missing are left out of the page. Raises FileNotFoundError where there is no such folder.
+    """
+    target = Path(run_folder) / REPORT
+    page = render(load_run(Path(run_folder)))
+    temporary = target.with_name(f".{REPORT}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def render(run: RunData) -> str:
+    """The page as a string. All text of the run is escaped by the template; only the drawings, made here, are not."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["curly"] = curly
+    here = files("tercet.report")
+    template = environment.from_string(here.joinpath("template.html").read_text(encoding="utf-8"))
+    findings = verdict(run)
+    stages = [(tables.TITLES[stage], stage, *_split(stage_plots(run, stage))) for stage in STAGES]
+    chosen, sample_shelves = shelves(run)
+    page = template.render(
+        style=here.joinpath("style.css").read_text(encoding="utf-8"),
+        name=plain(run.name, 120),
+        findings=findings,
+        headline=sentence(findings),
+        figures=tables.headline(run),
+        comparison=tables.comparison(run),
+        wins=tables.wins(run),
+        groups=tables.groups(run),
+        stages=[stage for stage in stages if stage[2] or stage[3]],
+        chosen=chosen,
+        shelves=sample_shelves,
+        open_samples=OPEN,
+        time=tables.machine_time(run),
+        facts=tables.facts(run),
+        all_figures=tables.everything(run),
+        command=tables.command(run),
+        config=plain(run.config, CONFIG_CHARACTERS),
+        problems=[plain(problem, 300) for problem in run.problems],
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate that slipped through must not stop the page
+
+
+def _split(plots: list[Plot]) -> tuple[list[Plot], list[Plot]]:
+    return [plot for plot in plots if not plot.more], [plot for plot in plots if plot.more]
+
+
+def sentence(findings: list[Finding]) -> str:
+    """The verdict in one line: the first thing that went wrong; else that nothing did, and what came of it."""
+    errors = [finding for finding in findings if finding.level == "error"]
+    warnings = [finding for finding in findings if finding.level == "warning"]
+    if errors:
+        more = len(errors) + len(warnings) - 1
+        return errors[0].title + (f", and {show_count(more, 'more finding')}" if more else "")
+    if warnings:
+        return f"{warnings[0].title}" + (f", and {show_count(len(warnings) - 1, 'more warning')}" if len(warnings) > 1 else "")
+    won = next((finding.figure for finding in findings if finding.rule == "win_rate_good"), None)
+    return findings[0].title + (f": PPO wins {won} against SFT" if won else "")

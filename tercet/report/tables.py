@@ -1,0 +1,190 @@
+"""The figures of a run as rows of text."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tercet.report.findings import accuracy_interval
+from tercet.report.load import GROUPED, STAGES, Record, RunData, number
+from tercet.report.text import MINUS, THIN, duration, percent, plain, short, signed, tenths
+
+# figure -> (name, note, is a share); the rows of the comparison, and the order of any table of figures
+FIGURES: dict[str, tuple[str, str, bool]] = {
+    "score": ("Reward model's score", "mean", False),
+    "gold": ("Gold score", "mean", False),
+    "kl": ("KL to the reference", "nats per response", False),
+    "finished": ("Ended by EOS", "share", True),
+    "length": ("Length", "tokens", False),
+    "entropy": ("Entropy", "nats per token", False),
+    "distinct1": ("Distinct words", "share", False),
+    "distinct2": ("Distinct bigrams", "share", False),
+    "repetition": ("Repetition", "within a response", False),
+    "perplexity": ("Perplexity", "under the base model", False),
+}
+SHARES = ("win_rate", "finished", "accuracy", "ceiling")
+POLICY_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """caption; head: the columns; rows: a name, a note under it, and the cells."""
+
+    caption: str
+    head: list[str]
+    rows: list[tuple[str, str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A win rate and its 95 % interval, all in 0..100, to be drawn on a scale from 0 to 100."""
+
+    name: str
+    rate: float
+    low: float
+    high: float
+    text: str
+    note: str
+
+
+def show(key: str, value: float | None) -> str:
+    """A figure by its key; a dash where it is unknown."""
+    if value is None:
+        return "–"
+    share = any(name in key for name in SHARES)
+    return tenths(value) if share else short(value)
+
+
+def comparison(run: RunData) -> Table | None:
+    """SFT against PPO, with the base model and other policies where they were evaluated."""
+    policies = sorted(run.policies, key=lambda name: (["base", "sft", "ppo"].index(name) if name in POLICY_NAMES else 3, name))
+    policies = policies or [name for name in ("sft", "ppo") if run.ran(name)]
+    rows = []
+    for key, (name, note, share) in FIGURES.items():
+        values = [_of_policy(run, policy, key) for policy in policies]
+        if not any(value is not None for value in values):
+            continue
+        sft, ppo = _of_policy(run, "sft", key), _of_policy(run, "ppo", key)
+        form = tenths if share else short
+        cells = ["–" if value is None else form(value) for value in values]
+        change = "–" if sft is None or ppo is None else _change(ppo - sft, share)
+        rows.append((name, note, [*cells, change] if {"sft", "ppo"} <= set(policies) else cells))
+    if not rows:
+        return None
+    head = [POLICY_NAMES.get(name, plain(name, 40)) for name in policies]
+    return Table("On held-out prompts", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
+
+
+def _of_policy(run: RunData, policy: str, key: str) -> float | None:
+    found = run.value(f"{policy}.{key}")
+    return found if found is not None else run.value(f"{key}.{policy}")  # the gold score is "gold.ppo"
+
+
+def _change(difference: float, share: bool) -> str:
+    return f"{100 * difference:+.1f}{THIN}pts".replace("-", MINUS) if share else signed(difference)
+
+
+def wins(run: RunData) -> list[Bar]:
+    """PPO's win rate over SFT by each judge; the headline figure where no judge is named."""
+    headline = {"win_rate": run.value("win_rate"), "low": run.value("win_rate_low"), "high": run.value("win_rate_high")}
+    records: dict[str, Record] = run.wins or {"PPO over SFT": headline}
+    bars = []
+    for judge, record in records.items():
+        rate = number(record.get("win_rate"))
+        if rate is None:
+            continue
+        low, high, count = (number(record.get(key)) for key in ("low", "high", "n"))
+        low, high = rate if low is None else low, rate if high is None else high
+        note = f"{percent(low)} to {percent(high)}" + (f", {short(count)} prompts" if count else "")
+        at, left, right = (min(100.0, max(0.0, 100 * share)) for share in (rate, low, high))
+        bars.append(Bar(plain(judge, 60).replace("_", " "), at, left, right, percent(rate), note))
+    return bars
+
+
+def groups(run: RunData) -> Table | None:
+    """Figures of groups of prompts, one column a group."""
+    found = run.groups()
+    if not found:
+        return None
+    keys = list(dict.fromkeys(GROUPED.sub(lambda match: match["name"], key) for key in run.summary if GROUPED.match(key)))
+    keys = [key for key in keys if any(key in figures for figures in found.values()) and not key.endswith(("_low", "_high"))]
+    columns: list[Mapping[str, float | None]] = [{key: run.value(key) for key in keys}, *found.values()]
+    rows = [(_title(key), "", [show(key, figures.get(key)) for figures in columns]) for key in keys]
+    return Table("Groups of prompts, reported apart", ["headline", *(plain(name, 40) for name in found)], rows)
+
+
+def _title(key: str) -> str:
+    owner, _, name = key.partition(".")
+    if name and owner in POLICY_NAMES:
+        return f"{POLICY_NAMES[owner]}: {FIGURES.get(name, (plain(name, 40).replace('_', ' '),))[0]}"
+    if name and owner == "gold":
+        return f"Gold score, {POLICY_NAMES.get(name, plain(name, 40).replace('_', ' '))}"
+    return plain(key, 60).replace("_", " ").capitalize()
+
+
+def headline(run: RunData) -> list[tuple[str, str, str]]:
+    """The four or five figures to know: (value, name, note)."""
+    found = []
+    if (rate := run.value("win_rate")) is not None:
+        low, high = run.value("win_rate_low"), run.value("win_rate_high")
+        note = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else "on held-out prompts"
+        found.append((percent(rate), "PPO wins over SFT", note))
+    sft, ppo, spread = run.value("gold.sft"), run.value("gold.ppo"), run.value("gold.sft_std")
+    if sft is not None and ppo is not None:
+        note = f"{short(sft)} to {short(ppo)}" + (f"; one SD is {short(spread)}" if spread else "")
+        found.append((signed(ppo - sft), "gold score over SFT", note))
+    if (kl := run.value("ppo.kl")) is not None:
+        found.append((short(kl), "nats from SFT", "KL per response"))
+    if (accuracy := run.value("reward.eval_accuracy")) is not None:
+        interval, ceiling = accuracy_interval(run), run.value("reward.ceiling")
+        note = f"{percent(interval[0])} to {percent(interval[1])}" if interval else "held-out pairs"
+        found.append((percent(accuracy), "reward model accuracy", note + (f"; ceiling {percent(ceiling)}" if ceiling else "")))
+    if (finished := run.value("ppo.finished")) is not None:
+        before = run.value("sft.finished")
+        found.append((percent(finished), "end by EOS", f"SFT {percent(before)}" if before is not None else "of PPO's responses"))
+    if len(found) < 5 and (loss := run.value("sft.eval_loss")) is not None:
+        found.append((short(loss), "SFT held-out loss", "nats per token"))
+    return found
+
+
+def machine_time(run: RunData) -> Table | None:
+    """Seconds, rate and memory of each stage, from its timings."""
+    rows = []
+    for stage in STAGES:
+        lines = run.timings.get(stage, [])
+        seconds = [value for line in lines if (value := number(line.get("seconds"))) is not None]
+        if not seconds:
+            continue
+        rates = sorted(value for line in lines if (value := number(line.get("tokens_per_s"))) is not None)
+        memory = [value for line in lines if (value := number(line.get("peak_memory_mb"))) is not None]
+        cells = [duration(sum(seconds)), short(len(lines)), duration(sum(seconds) / len(seconds))]
+        cells += [short(rates[len(rates) // 2]) if rates else "–", f"{short(max(memory))}{THIN}MB" if memory else "–"]
+        rows.append((TITLES[stage], "", cells))
+    if not rows:
+        return None
+    return Table("Time and memory", ["Time", "Steps", "Per step", "Tokens/s (median)", "Peak memory"], rows)
+
+
+TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
+
+
+def facts(run: RunData) -> list[tuple[str, str]]:
+    """What the run was made with: seed, precision, versions, machine."""
+    known = ("seed", "dtype", "threads", "device", "machine", "commit", "python")
+    found = [(key, value) for key, value in run.summary.items() if key in known or key.startswith("version")]
+    if (seconds := run.value("seconds")) is not None:
+        found.append(("time, all stages", duration(seconds)))
+    return [(plain(key, 80), plain(value, 400)) for key, value in found]
+
+
+def everything(run: RunData) -> list[tuple[str, str]]:
+    """summary.json as it is, unrounded."""
+    return [(plain(key, 120), plain(value, 400)) for key, value in run.summary.items()]
+
+
+def command(run: RunData) -> str:
+    """The command line that repeats the run into a fresh folder."""
+    return (
+        f"tercet run {shlex.quote(plain(run.name, 200))}/config.yaml --set output={shlex.quote(plain(run.name, 200) + '-again')}"
+    )

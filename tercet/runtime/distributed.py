@@ -1,0 +1,91 @@
+"""The only room that knows of torch.distributed. One process is world size 1 on the same code.
+
+Started by torchrun, every rank holds the whole model and a share of the rows (row i belongs to rank i mod size); gradients are
+sums over rows, so they are added over ranks and the result does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class World:
+    """This process among its equals: `rank` of `size`."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank = rank
+        self.size = size
+
+    @staticmethod
+    def start(device: torch.device) -> World:
+        """Join the processes that torchrun started, if it did."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return World()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return World(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and shows progress."""
+        return self.rank == 0
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks; every rank gets it, computed in the same order."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add the gradients of all ranks, in one exchange per dtype; a rank that had no rows contributes zeros."""
+        if self.size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
+        for group in by_dtype.values():
+            flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in group])
+            dist.all_reduce(flat)
+            for parameter, part in zip(group, flat.split([parameter.numel() for parameter in group])):
+                _gradient(parameter).copy_(part.view_as(parameter))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: what all ranks must decide alike."""
+        return bool(self.all_sum(torch.tensor(float(flag))).item())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def own_rows(self, count: int) -> range:
+        """The rows of a batch of `count` that this rank works on."""
+        return range(self.rank, count, self.size)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The seam at which a sharded engine will wrap a role; ranks that each hold the whole model need no wrapping."""
+        return module
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

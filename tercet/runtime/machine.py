@@ -1,0 +1,83 @@
+"""What `auto` means on this machine: device, precision, threads, tokens per forward."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from tercet.types import TercetError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# Below this many parameters a matrix product is so small that casting to bfloat16 costs more than it saves.
+_BFLOAT16_PARAMETERS = 3_000_000
+_SMALL_MODEL = 20_000_000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The resolved choices; every one of them is written to the run folder's config.yaml."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    microbatch_tokens: int
+
+    def apply(self) -> None:
+        """Make this process compute so, deterministically."""
+        torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def settings(self) -> dict[str, str | int]:
+        """The values for the configuration's machine section."""
+        names = {value: key for key, value in _DTYPES.items()}
+        return {
+            "device": str(self.device),
+            "dtype": names[self.dtype],
+            "threads": self.threads,
+            "microbatch_tokens": self.microbatch_tokens,
+        }
+
+
+def resolve(device: str, dtype: str, threads: str | int, microbatch_tokens: str | int, parameters: int) -> Machine:
+    """Choose what is `auto`, for a model with that many parameters."""
+    chosen = _device(device)
+    kind = _DTYPES[dtype] if dtype != "auto" else _fastest_dtype(chosen, parameters)
+    count = threads if isinstance(threads, int) else _threads(parameters)
+    tokens = microbatch_tokens if isinstance(microbatch_tokens, int) else _tokens(chosen, parameters)
+    if count < 1 or tokens < 1:
+        raise TercetError(f"machine: threads ({count}) and microbatch_tokens ({tokens}) must be at least 1, or auto")
+    return Machine(chosen, kind, count, tokens)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+        return torch.device(available[0] if available else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TercetError(f"machine.device: {name!r} cannot be used here ({str(error).splitlines()[0]}): try auto") from None
+    return device
+
+
+def _fastest_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    computes = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if computes and parameters >= _BFLOAT16_PARAMETERS else torch.float32
+
+
+def _threads(parameters: int) -> int:
+    # A small model's matrices are too small to share, and threads that spin cost dearly when other work runs beside.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    idle = max(1, cores - int(os.getloadavg()[0])) if hasattr(os, "getloadavg") else cores
+    return 1 if parameters < _BFLOAT16_PARAMETERS // 2 else min(cores, idle) if parameters < _SMALL_MODEL else cores
+
+
+def _tokens(device: torch.device, parameters: int) -> int:
+    if device.type == "cuda":
+        return 16_384
+    return 4_096 if parameters < _SMALL_MODEL else 2_048

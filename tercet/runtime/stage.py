@@ -1,0 +1,168 @@
+"""What a stage is given to run with, and the loop that supervised stages share."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from tercet.runtime.checkpoint import Checkpoint, Checkpoints, random_state, restore_random_state
+from tercet.runtime.distributed import World
+from tercet.runtime.interrupted import Interrupted
+from tercet.runtime.machine import Machine
+from tercet.runtime.metrics import JsonLines, peak_memory_mb
+from tercet.runtime.optim import Optimizer
+from tercet.runtime.progress import Bar, console
+from tercet.types import TercetError
+
+
+class Interrupt:
+    """Remembers a SIGINT or SIGTERM until a boundary at which the state can be saved; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[Interrupt]:
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+            console.print("stopping at the next boundary; once more to stop at once")
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class StageRun:
+    """One stage's folder, machine and state on disk."""
+
+    name: str
+    folder: Path
+    world: World
+    machine: Machine
+    checkpoint_every: int
+    checkpoint_keep: int
+    counter: str = "step"  # the field that counts up in metrics.jsonl
+    interrupt: Interrupt = field(default_factory=Interrupt)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.checkpoint_keep)
+        self.metrics = JsonLines(self.folder / "metrics.jsonl", self.counter)
+        self.timings = JsonLines(self.folder / "timings.jsonl", self.counter)
+
+    def resume(self) -> Checkpoint | None:
+        """The state to go on from, with the random generators and the metrics set back to it; None at the beginning."""
+        checkpoint, complaints = self.checkpoints.latest()
+        for complaint in complaints:
+            console.print(f"[yellow]{complaint}")
+        done = checkpoint.step if checkpoint else 0
+        if self.world.is_main:
+            self.metrics.cut_after(done)
+            self.timings.cut_after(done)
+        if checkpoint is not None:
+            restore_random_state(checkpoint.values["random"])
+            console.print(f"{self.name}: going on after {self.counter} {done}")
+        self.world.barrier()
+        return checkpoint
+
+    def save(self, step: int, values: dict[str, Any], tensors: dict[str, dict[str, Any]]) -> None:
+        """Write exact-resume state; every rank computes the same, the first one writes."""
+        if self.world.is_main:
+            self.checkpoints.save(step, {**values, "random": random_state()}, tensors)
+        self.world.barrier()
+
+    def log(self, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.metrics.append(metrics)
+            self.timings.append({self.counter: metrics[self.counter], **timings, "peak_memory_mb": round(peak_memory_mb(), 1)})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a supervised stage takes its optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+    learning_rate: Callable[[int], float]
+    eval_every: int
+    weight_decay: float
+    max_grad_norm: float
+
+
+def train(
+    run: StageRun,
+    module: nn.Module,
+    schedule: Schedule,
+    compute: Callable[[int], dict[str, float]],
+    evaluate: Callable[[], dict[str, float]],
+) -> None:
+    """Take the optimizer steps of a supervised stage, resuming exactly where a checkpoint left off.
+
+    `compute(step)` accumulates the gradients of step (counted from 0) and returns its metrics, "loss" and "tokens" among them;
+    `evaluate()` returns figures on held-out records.
+    """
+    optimizer = Optimizer(module, weight_decay=schedule.weight_decay, max_grad_norm=schedule.max_grad_norm, world=run.world)
+    checkpoint = run.resume()
+    start = 0
+    if checkpoint is not None:
+        module.load_state_dict(checkpoint.tensors["model"])
+        optimizer.load_state(checkpoint.tensors["optimizer"])
+        start = checkpoint.step
+    eval_every = schedule.eval_every or schedule.steps_per_epoch
+    skipped = checkpoint.values["skipped"] if checkpoint else 0
+    module.train()
+    with Bar(run.name, schedule.total_steps, done=start, silent=not run.world.is_main) as bar:
+        for step in range(start, schedule.total_steps):
+            began = time.perf_counter()
+            metrics = compute(step)
+            rate = schedule.learning_rate(step)
+            norm = optimizer.step(rate)
+            skipped += not math.isfinite(norm)
+            _stop_if_broken(run.name, skipped, metrics["loss"])
+            seconds = time.perf_counter() - began
+            row = {
+                "step": step + 1,
+                "epoch": (step + 1) / schedule.steps_per_epoch,
+                **metrics,
+                "learning_rate": rate,
+                "grad_norm": norm,
+            }
+            if skipped:
+                row["skipped"] = skipped
+            if (step + 1) % eval_every == 0 or step + 1 == schedule.total_steps:
+                module.eval()
+                row |= evaluate()
+                module.train()
+            run.log(row, {"seconds": seconds, "tokens_per_s": metrics["tokens"] / seconds})
+            bar.advance(
+                **{name: value for name, value in row.items() if name in ("loss", "accuracy", "eval_loss", "eval_accuracy")}
+            )
+            last, stopping = step + 1 == schedule.total_steps, run.world.any(run.interrupt.requested)
+            if stopping or last or (step + 1) % run.checkpoint_every == 0:
+                run.save(step + 1, {"skipped": skipped}, {"model": module.state_dict(), "optimizer": optimizer.state()})
+            if stopping and not last:
+                raise Interrupted
+    module.eval()
+
+
+def _stop_if_broken(stage: str, skipped: int, loss: float) -> None:
+    """A step whose gradient is not finite is skipped and counted; a run of them means that training has broken down."""
+    if skipped >= 10:
+        raise TercetError(
+            f"{stage}: {skipped} steps had a gradient that is not finite (last loss {loss}) and were skipped; the last checkpoint is kept. "
+            f"Lower {stage}.learning_rate or set machine.dtype: float32"
+        )

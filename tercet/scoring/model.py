@@ -1,0 +1,103 @@
+"""Scores from models: the reward model of stage 2, and sequence classifiers from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tercet.data.template import seam
+from tercet.models.roles import ScoreModel
+from tercet.scoring.base import Texts, check_finite
+from tercet.types import Sequences, TercetError, Text
+
+Microbatches = Callable[[list[int], int], list[list[int]]]
+
+
+class RewardModelScorer:
+    """The reward model of stage 2: reads the very token ids that were sampled, never re-tokenised text."""
+
+    def __init__(self, reward_model: ScoreModel, microbatches: Microbatches, max_tokens: int):
+        self.reward_model = reward_model
+        self._microbatches = microbatches
+        self._max_tokens = max_tokens
+
+    @torch.no_grad()
+    def score(self, sequences: Sequences, texts: Texts) -> Tensor:
+        dtype = self.reward_model.head.weight.dtype
+        scores = torch.zeros(len(sequences), dtype=dtype, device=sequences.input_ids.device)
+        for rows in self._microbatches(sequences.lengths.tolist(), self._max_tokens):
+            scores[rows] = self.reward_model(sequences.select(rows))
+        return check_finite(scores, texts, "the reward model")
+
+
+class ClassifierScorer:
+    """Any sequence-classification checkpoint with a tokenizer of its own, encoders included: sees text, not our ids.
+
+    With several labels the logit of `label` (an id or a name) is the score. A conversation goes through the tokenizer's own chat
+    template; plain text is joined as it was for the policy.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        label: int | str | None,
+        name: str,
+        batch_size: int = 32,
+    ):
+        self._model: Any = model.requires_grad_(False).eval()
+        self._tokenizer = tokenizer
+        self._name = name
+        self._batch_size = batch_size
+        self._label = _label_index(model, label, name)
+        if tokenizer.pad_token_id is None:
+            self._batch_size = 1  # without a pad token a decoder's head finds the last token of a single text only
+        else:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
+        self._max_length = longest if longest < 10**9 else None
+
+    @torch.no_grad()
+    def score(self, sequences: Sequences, texts: Texts) -> Tensor:
+        joined = [self._text(prompt, response) for prompt, response in zip(texts.prompts, texts.responses)]
+        scores = []
+        for start in range(0, len(joined), self._batch_size):
+            chunk = joined[start : start + self._batch_size]
+            batch = self._tokenizer(
+                chunk,
+                return_tensors="pt",
+                padding=len(chunk) > 1,
+                truncation=self._max_length is not None,
+                max_length=self._max_length,
+            ).to(self._model.device)
+            scores.append(self._model(**batch).logits[:, self._label].float())
+        return check_finite(torch.cat(scores), texts, self._name)
+
+    def _text(self, prompt: Text, response: str) -> str:
+        if isinstance(prompt, str):
+            return prompt + seam(prompt, response) + response
+        if self._tokenizer.chat_template is None:
+            raise TercetError(
+                f"{self._name}: the prompts are conversations but its tokenizer has no chat template to write them with"
+            )
+        turns = [*(vars(turn) for turn in prompt), {"role": "assistant", "content": response}]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+def _label_index(model: PreTrainedModel, label: int | str | None, name: str) -> int:
+    names = {int(key): value for key, value in (model.config.id2label or {}).items()}
+    count = len(names)
+    if label is None and count == 1:
+        return 0
+    listed = ", ".join(f"{index} ({names.get(index, '?')})" for index in range(count))
+    if label is None:
+        raise TercetError(f"{name} has {count} labels: say which one's logit is the score with label:, one of {listed}")
+    matches = [index for index in range(count) if label in (index, names.get(index), str(index))]
+    if not matches:
+        raise TercetError(f"{name} has no label {label!r}: it has {listed}")
+    return matches[0]

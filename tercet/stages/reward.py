@@ -1,0 +1,191 @@
+"""Stage 2: the reward model, trained on comparisons with the ranking loss, then normalised on samples of the SFT policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tercet.algo.losses import counted_prompts, normalisation, ranking_loss
+from tercet.algo.schedules import learning_rate
+from tercet.algo.statistics import bootstrap_interval
+from tercet.config.training import RewardConfig
+from tercet.data.batches import TokenStore, batch_indices, microbatches, microbatches_grouped, steps_per_epoch
+from tercet.data.template import Template
+from tercet.models.roles import ScoreModel
+from tercet.runtime.stage import Schedule, StageRun, train
+from tercet.types import Comparison, Sequences, TercetError
+
+
+@dataclass
+class RankedStore:
+    """Tokenised comparisons: comparison g owns the rows starts[g] .. starts[g + 1] of `store`; ranks are aligned with rows."""
+
+    store: TokenStore
+    starts: NDArray[np.int64]
+    ranks: Tensor
+    margins: Tensor
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def rows(self, comparisons: Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
+        """The rows of those comparisons, and for each row its comparison's place among them."""
+        spans = [np.arange(self.starts[g], self.starts[g + 1]) for g in comparisons]
+        groups = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
+        return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64), torch.from_numpy(groups)
+
+
+def train_reward_model(
+    run: StageRun,
+    config: RewardConfig,
+    reward_model: ScoreModel,
+    template: Template,
+    train_records: Sequence[Comparison],
+    held_out: Sequence[Comparison],
+    *,
+    seed: int,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Train `reward_model` in place. Returns figures for the summary and a record of each held-out comparison's scores."""
+    data, eval_data = tokenise(train_records, template, config.max_length), tokenise(held_out, template, config.max_length)
+    if counted_prompts(data.ranks, data.rows(range(len(data)))[1]) == 0:
+        raise TercetError(
+            "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
+        )
+    lengths = data.store.lengths
+    per_epoch = steps_per_epoch(len(data), config.batch_size)
+    total_steps = config.epochs * per_epoch
+    schedule = Schedule(
+        total_steps=total_steps,
+        steps_per_epoch=per_epoch,
+        learning_rate=lambda step: learning_rate(
+            step, total_steps, config.learning_rate, config.schedule, config.warmup_steps, min_ratio=0.1
+        ),
+        eval_every=config.eval_every,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+    def compute(step: int) -> dict[str, float]:
+        chosen = batch_indices(len(data), config.batch_size, seed, step).numpy()
+        rows, groups = data.rows(chosen)
+        count = max(1, counted_prompts(data.ranks[rows], groups))
+        own = chosen[run.world.own_rows(len(chosen))]
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part in microbatches_grouped([lengths[data.rows([g])[0]] for g in own], run.machine.microbatch_tokens):
+            loss, correct, pairs = _losses(reward_model, data, own[part])
+            (loss / count).backward()
+            sums += torch.stack([loss.detach().double().cpu(), correct, pairs])
+        loss_sum, correct_sum, pair_sum = run.world.all_sum(sums).tolist()
+        accuracy = correct_sum / pair_sum if pair_sum else 0.5
+        return {"loss": loss_sum / count, "accuracy": accuracy, "tokens": int(lengths[rows].sum())}
+
+    def evaluate() -> dict[str, float]:
+        return _evaluation(run, reward_model, eval_data)
+
+    train(run, reward_model, schedule, compute, evaluate)
+    pairs = score_pairs(run, reward_model, eval_data)
+    figures = {"reward.comparisons": len(data), "reward.truncated": data.truncated / len(data.store)}
+    figures |= {f"reward.{name}": value for name, value in evaluate().items()}
+    if pairs:
+        correct = torch.tensor([pair["correct"] for pair in pairs], dtype=torch.float64)
+        low, high = bootstrap_interval(correct, seed=seed)
+        figures |= {"reward.eval_accuracy": correct.mean().item(), "reward.eval_pairs": len(pairs)}
+        figures |= {"reward.eval_accuracy_low": low, "reward.eval_accuracy_high": high}
+    return figures, pairs
+
+
+def tokenise(records: Sequence[Comparison], template: Template, max_length: int) -> RankedStore:
+    """Each response of each comparison as a token row."""
+    rows, starts, truncated = [], [0], 0
+    ranks: list[float] = []
+    for record in records:
+        for response in record.responses:
+            row, cut, prompt_cut = template.encode(record.prompt, response, max_length=max_length, origin=record.origin)
+            if len(row.ids) <= row.prompt_len:
+                raise TercetError(
+                    f"{record.origin}: no token of a response is left: the prompt alone has {row.prompt_len} tokens and "
+                    f"reward.max_length is {max_length}; raise it, lower data.max_prompt_length, or remove the record"
+                )
+            rows.append(row)
+            truncated += cut or prompt_cut
+        starts.append(len(rows))
+        ranks.extend(record.ranks)
+    margins = torch.tensor([record.margin for record in records], dtype=torch.float32)
+    return RankedStore(
+        TokenStore.build(rows), np.array(starts, dtype=np.int64), torch.tensor(ranks, dtype=torch.float64), margins, truncated
+    )
+
+
+def _losses(model: ScoreModel, data: RankedStore, comparisons: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed ranking loss of those comparisons, pairs in the right order, pairs that are no ties."""
+    rows, groups = data.rows(comparisons)
+    scores = model(data.store.sequences(rows).to(model.device))
+    margins = data.margins[torch.from_numpy(comparisons)].to(model.device)
+    ranks, groups = data.ranks[rows].to(model.device), groups.to(model.device)
+    loss, _, stats = ranking_loss(scores, ranks, groups, margins=margins)
+    return loss, stats["correct"].double().cpu(), stats["pairs"].double().cpu()
+
+
+@torch.no_grad()
+def _evaluation(run: StageRun, model: ScoreModel, data: RankedStore) -> dict[str, float]:
+    if len(data) == 0:
+        return {}
+    lengths = data.store.lengths
+    count = max(1, counted_prompts(data.ranks, data.rows(range(len(data)))[1]))
+    own = np.arange(len(data))[run.world.own_rows(len(data))]
+    sums = torch.zeros(3, dtype=torch.float64)
+    for part in microbatches_grouped([lengths[data.rows([g])[0]] for g in own], run.machine.microbatch_tokens):
+        loss, correct, pairs = _losses(model, data, own[part])
+        sums += torch.stack([loss.double().cpu(), correct, pairs])
+    loss_sum, correct_sum, pair_sum = run.world.all_sum(sums).tolist()
+    return {"eval_loss": loss_sum / count, "eval_accuracy": correct_sum / pair_sum if pair_sum else 0.5}
+
+
+@torch.no_grad()
+def score_pairs(run: StageRun, model: ScoreModel, data: RankedStore) -> list[dict[str, Any]]:
+    """Every held-out pair that is no tie: scores and lengths of the better and the worse response, and whether the order is right."""
+    scores = torch.zeros(len(data.store), dtype=torch.float64)
+    for part in microbatches(data.store.lengths, run.machine.microbatch_tokens):
+        scores[part] = model(data.store.sequences(part).to(model.device)).double().cpu()
+    tokens, pairs = data.store.lengths - data.store.prompt_lens, []
+    for comparison in range(len(data)):
+        rows = range(data.starts[comparison], data.starts[comparison + 1])
+        for better in rows:
+            for worse in rows:
+                if data.ranks[better] < data.ranks[worse]:
+                    difference = (scores[better] - scores[worse]).item()
+                    pairs.append(
+                        {
+                            "comparison": comparison,
+                            "better": scores[better].item(),
+                            "worse": scores[worse].item(),
+                            "better_tokens": int(tokens[better]),
+                            "worse_tokens": int(tokens[worse]),
+                            "correct": 0.5 if difference == 0 else float(difference > 0),
+                        }
+                    )
+    return pairs
+
+
+@torch.no_grad()
+def normalise(reward_model: ScoreModel, samples: Sequences, max_tokens: int) -> dict[str, float]:
+    """Give the scores of the SFT policy's samples mean 0 and standard deviation 1 (Ziegler 2019)."""
+    scores = torch.zeros(len(samples), dtype=torch.float64)
+    for part in microbatches(samples.lengths.tolist(), max_tokens):
+        scores[part] = reward_model(samples.select(part)).double().cpu()
+    try:
+        gain, bias = normalisation(scores)
+    except ValueError as error:
+        raise TercetError(
+            f"the reward model cannot be normalised on {len(samples)} samples of the SFT policy ({error}): train it longer, or set "
+            "reward.normalise_samples: 0"
+        ) from None
+    reward_model.normalise(gain, bias)
+    return {"reward.normalisation_gain": gain, "reward.normalisation_bias": bias}

@@ -1,0 +1,155 @@
+"""Experience -> optimizer steps: the clipped surrogate and the clipped value loss (Schulman 2017), a few epochs over a rollout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tercet.algo.losses import policy_loss, value_loss
+from tercet.config.ppo import PPOConfig
+from tercet.data.batches import epoch_order, microbatches
+from tercet.models.roles import Policy, ScoreModel
+from tercet.runtime.distributed import World
+from tercet.runtime.optim import Optimizer
+from tercet.types import Experience
+
+
+@dataclass
+class UpdateProgress:
+    """How far the update of one iteration has come: what a checkpoint between two optimizer steps must hold, as JSON values."""
+
+    epoch: int = 0
+    minibatch: int = 0
+    steps: int = 0
+    skipped: int = 0
+    finished: bool = False
+    tokens: float = 0.0  # response tokens that the sums below are over
+    epoch_tokens: float = 0.0
+    epoch_approx_kl: float = 0.0  # summed over this epoch's tokens
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over all response tokens of all optimizer steps."""
+        names = {
+            "policy_loss": "policy_loss",
+            "value_loss": "value_loss",
+            "approx_kl": "approx_kl",
+            "clipped_active": "clip_fraction",
+            "value_clipped": "value_clip_fraction",
+            "ratio": "ratio",
+        }
+        means = {name: self.sums.get(key, 0.0) / max(1.0, self.tokens) for key, name in names.items()}
+        norms = {name: self.sums.get(name, 0.0) / max(1, self.steps) for name in ("grad_norm", "value_grad_norm")}
+        return {**means, **norms, "epochs_done": self.epoch, "optimizer_steps": self.steps, "skipped": self.skipped}
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """What an update changes, and at which learning rates; the policy stands still while policy_learning_rate is None."""
+
+    policy: Policy
+    value_model: ScoreModel
+    policy_optimizer: Optimizer
+    value_optimizer: Optimizer
+    policy_learning_rate: float | None
+    value_learning_rate: float
+
+
+def update(
+    experience: Experience,
+    trainables: Trainables,
+    config: PPOConfig,
+    world: World,
+    progress: UpdateProgress,
+    *,
+    iteration: int,
+    seed: int,
+    max_tokens: int,
+    boundary: Callable[[UpdateProgress], None],
+) -> None:
+    """Take the optimizer steps of one iteration, going on from `progress`; `boundary` is called after each of them.
+
+    Losses are sums over micro-batches and ranks divided by the minibatch's response tokens, so that the step does not depend on
+    how the batch was cut.
+    """
+    response_lens = _over_ranks(experience.sequences.response_lens, config.rollout_batch_size, world)
+    minibatches = config.rollout_batch_size // config.minibatch
+    while progress.epoch < config.ppo_epochs and not progress.finished:
+        order = epoch_order(config.rollout_batch_size, seed, iteration * config.ppo_epochs + progress.epoch)
+        while progress.minibatch < minibatches:
+            rows = order[progress.minibatch * config.minibatch :][: config.minibatch]
+            count = int(response_lens[rows].sum())
+            # Ascending, so that with one minibatch the micro-batches are those of the rollout's own forward.
+            own = (rows[rows % world.size == world.rank] // world.size).sort().values
+            _step(experience, trainables, config, world, progress, own, count, max_tokens)
+            progress.minibatch += 1
+            boundary(progress)
+        mean_kl = progress.epoch_approx_kl / max(1.0, progress.epoch_tokens)
+        progress.finished = config.max_approx_kl is not None and mean_kl > config.max_approx_kl
+        progress.epoch += 1
+        progress.minibatch = 0
+        progress.epoch_tokens = progress.epoch_approx_kl = 0.0
+    progress.finished = True
+
+
+def _step(
+    experience: Experience,
+    trainables: Trainables,
+    config: PPOConfig,
+    world: World,
+    progress: UpdateProgress,
+    own: Tensor,
+    count: int,
+    max_tokens: int,
+) -> None:
+    """One optimizer step of policy and value model on the rows `own` of this rank, of a minibatch with `count` response tokens."""
+    sums: dict[str, Tensor] = {}
+    lengths = experience.sequences.lengths[own]
+    for part in microbatches(lengths.tolist(), max_tokens):
+        batch = experience.select(own[part])
+        mask = batch.sequences.response_mask
+        stats: dict[str, Tensor] = {}
+        if trainables.policy_learning_rate is not None:
+            new_logprobs, _ = trainables.policy(batch.sequences, temperature=config.temperature)
+            loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, config.clip_range, count)
+            loss.backward()
+            stats = {**stats, "policy_loss": loss.detach() * count}
+        new_values = trainables.value_model(batch.sequences, per_token=True)
+        loss, value_stats = value_loss(new_values, batch.values, batch.returns, mask, config.value_clip_range, count)
+        loss.backward()
+        for name, value in {**stats, **value_stats, "value_loss": loss.detach() * count}.items():
+            sums[name] = sums.get(name, 0.0) + value.double().cpu()
+    totals = _sum_over_ranks(sums, world)
+    norm = 0.0
+    if trainables.policy_learning_rate is not None:
+        norm = trainables.policy_optimizer.step(trainables.policy_learning_rate)
+    value_norm = trainables.value_optimizer.step(trainables.value_learning_rate)
+    if not (math.isfinite(norm) and math.isfinite(value_norm)):
+        progress.skipped += 1  # neither its gradient nor its figures are worth anything
+        return
+    progress.steps += 1
+    progress.tokens += count
+    progress.epoch_tokens += count
+    progress.epoch_approx_kl += totals.get("approx_kl", 0.0)
+    for name, total in {**totals, "grad_norm": norm, "value_grad_norm": value_norm}.items():
+        progress.sums[name] = progress.sums.get(name, 0.0) + total
+
+
+def _sum_over_ranks(sums: dict[str, Tensor], world: World) -> dict[str, float]:
+    names = sorted({name for part in world.gather(sorted(sums)) for name in part})
+    if not names:
+        return {}
+    zero = torch.zeros((), dtype=torch.float64)
+    return dict(zip(names, world.all_sum(torch.stack([sums.get(name, zero) for name in names])).tolist()))
+
+
+def _over_ranks(response_lens: Tensor, count: int, world: World) -> Tensor:
+    """Every rank's response lengths in the order of the whole rollout batch, (count,) int64."""
+    lens = torch.zeros(count, dtype=torch.long)
+    for rank, part in enumerate(world.gather(response_lens.tolist())):
+        lens[rank :: world.size] = torch.tensor(part, dtype=torch.long)
+    return lens

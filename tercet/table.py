@@ -1,0 +1,49 @@
+"""The short table at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tercet.pipeline import RunResult
+
+_ROWS = {
+    "score": "reward model's score",
+    "judge": "second reward model's score",
+    "gold": "gold score",
+    "kl": "KL to SFT, nats per response",
+    "length": "length, tokens",
+    "finished": "ended by EOS",
+    "distinct2": "distinct bigrams",
+}
+
+
+def print_summary(result: RunResult) -> None:
+    """Base, SFT and PPO side by side, the win rate, and where the report is."""
+    summary, console = result.summary, Console(highlight=False)
+    policies = [name for name in ("base", "sft", "ppo") if f"{name}.score" in summary]
+    if policies:
+        table = Table(title="on held-out prompts", title_justify="left", show_edge=False, pad_edge=False)
+        table.add_column("")
+        for policy in policies:
+            table.add_column(policy.upper() if policy != "base" else policy, justify="right")
+        for key, label in _ROWS.items():
+            values = [summary.get(f"{policy}.{key}", summary.get(f"{key}.{policy}")) for policy in policies]
+            if any(value is not None for value in values):
+                table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
+        console.print(table)
+    if "reward.eval_accuracy" in summary:
+        console.print(
+            f"reward model's accuracy on {summary['reward.eval_pairs']} held-out pairs: {_interval(summary, 'reward.eval_accuracy')}"
+        )
+    for key, label in (("win_rate", f"by {summary.get('win_rate_by', '')}"), ("gold.win_rate", "by the gold score")):
+        if key in summary:
+            console.print(f"PPO preferred to SFT {label}: {_interval(summary, key)}")
+    report = result.folder / "report.html"
+    console.print(f"report: {report}" if report.exists() else f"run folder: {result.folder}")
+
+
+def _interval(summary: Any, key: str) -> str:
+    return f"{summary[key]:.3f} (95 % interval {summary[f'{key}_low']:.3f} to {summary[f'{key}_high']:.3f})"

@@ -1,0 +1,173 @@
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# response_states, last_states
+
+
+def test_response_states_by_hand() -> None:
+    hidden = torch.arange(10.0).reshape(2, 5, 1)
+    states = response_states(hidden, torch.tensor([1, 3]), 3)
+    assert states.squeeze(-1).tolist() == [[0, 1, 2], [7, 8, 9]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=5), extra=st.integers(0, 2))
+def test_state_of_a_response_token_is_the_one_before_it(rows: list[tuple[int, int]], extra: int) -> None:
+    """A model whose state holds the position's own index: token prompt_len + t is predicted at prompt_len + t - 1."""
+    width = max(prompt + response for prompt, response in rows) + extra
+    hidden = torch.arange(width, dtype=torch.float64).expand(len(rows), -1)[..., None].repeat(1, 1, 2)
+    prompts = torch.tensor([prompt for prompt, _ in rows])
+    longest = max(response for _, response in rows)
+    states = response_states(hidden, prompts, longest)
+    assert states.shape == (len(rows), longest, 2)
+    for i, (prompt, response) in enumerate(rows):
+        for t in range(response):
+            assert states[i, t].tolist() == [prompt + t - 1] * 2
+    lengths = torch.tensor([prompt + response for prompt, response in rows])
+    assert last_states(hidden, lengths)[:, 0].tolist() == (lengths - 1).tolist()
+
+
+def test_model_that_copies_the_next_token_has_logprob_0() -> None:
+    """Row 9: a state that knows the next token gives log-probability 0 on every response token, and only there."""
+    ids = torch.tensor([[1, 4, 2, 3, 0], [2, 2, 0, 1, 4]])
+    prompt_lens, vocabulary = torch.tensor([2, 1]), 5
+    following = torch.roll(ids, -1, dims=1)
+    hidden = 1e3 * torch.nn.functional.one_hot(following, vocabulary).double()
+    states = response_states(hidden, prompt_lens, 3)
+    targets = torch.stack([ids[i, n : n + 3] for i, n in enumerate(prompt_lens.tolist())])
+    logprobs, _ = token_logprobs(states.flatten(0, 1), targets.flatten(), lambda rows: rows)
+    assert logprobs.tolist() == [0.0] * 6
+
+
+def test_gradient_reaches_only_the_states_that_predict() -> None:
+    hidden = normal(1, 6, 2).requires_grad_()
+    mask = torch.tensor([[True, True, False, False]])
+    response_states(hidden, torch.tensor([4]), 4)[mask].sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad[0, :, 0].tolist() == [0, 0, 0, 1, 1, 0]
+
+
+# logits_logprobs
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_logprobs_and_entropy_equal_loop(temperature: float) -> None:
+    logits, targets = normal(4, 7), torch.tensor([0, 6, 3, 3])
+    logprobs, entropy = logits_logprobs(logits, targets, temperature, with_entropy=True)
+    assert entropy is not None
+    for i in range(4):
+        weights = [math.exp(float(logit) / temperature) for logit in logits[i]]
+        probs = [weight / sum(weights) for weight in weights]
+        assert float(logprobs[i]) == pytest.approx(math.log(probs[targets[i]]), rel=1e-12)
+        assert float(entropy[i]) == pytest.approx(-sum(p * math.log(p) for p in probs), rel=1e-12)
+
+
+def test_precision() -> None:
+    logits, targets = normal(3, 5), torch.tensor([0, 1, 2])
+    for half in (torch.float16, torch.bfloat16):
+        logprobs, entropy = logits_logprobs(logits.to(half), targets, 0.7, with_entropy=True)
+        assert entropy is not None and logprobs.dtype == entropy.dtype == torch.float32
+        exact, _ = logits_logprobs(logits.to(half).double(), targets, 0.7)
+        assert torch.allclose(logprobs.double(), exact, atol=1e-6), "upcast comes before the division by the temperature"
+    assert logits_logprobs(logits, targets)[0].dtype == torch.float64
+    assert logits_logprobs(logits.float(), targets)[0].dtype == torch.float32
+
+
+def test_impossible_tokens_and_large_logits() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 0.0], [1e4, 0.0, -1e4]])
+    logprobs, entropy = logits_logprobs(logits, torch.tensor([0, 0]), with_entropy=True)
+    assert entropy is not None
+    assert logprobs.tolist() == pytest.approx([-math.log(2), 0.0])
+    assert entropy.tolist() == pytest.approx([math.log(2), 0.0])
+
+
+def test_entropy_carries_no_gradient() -> None:
+    logits = normal(2, 3).requires_grad_()
+    logprobs, entropy = logits_logprobs(logits, torch.tensor([0, 1]), with_entropy=True)
+    assert entropy is not None and not entropy.requires_grad and logprobs.requires_grad
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperature_must_be_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        logits_logprobs(normal(1, 2), torch.tensor([0]), temperature)
+
+
+# token_logprobs
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 11, 33, 34, 10_000])
+def test_chunks_change_nothing(chunk_elements: int) -> None:
+    """Values and gradients of states and head are those of one pass, whatever the chunk."""
+    weight, targets = normal(11, 3, seed=1).requires_grad_(), torch.arange(8)
+    states = normal(8, 3).requires_grad_()
+    coefficients = normal(8, seed=2)
+    whole, entropy = logits_logprobs(states @ weight.T, targets, 0.7, with_entropy=True)
+    expected = torch.autograd.grad((whole * coefficients).sum(), [states, weight])
+    logprobs, chunked_entropy = token_logprobs(
+        states, targets, lambda rows: rows @ weight.T, temperature=0.7, with_entropy=True, chunk_elements=chunk_elements
+    )
+    assert entropy is not None and chunked_entropy is not None
+    assert torch.allclose(logprobs, whole, rtol=1e-12) and torch.allclose(chunked_entropy, entropy, rtol=1e-12)
+    gradients = torch.autograd.grad((logprobs * coefficients).sum(), [states, weight])
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert torch.allclose(actual, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_never_more_logits_than_a_chunk_alive() -> None:
+    """No chunk's logits outlive it in the forward pass, nor in the backward pass, and no chunk is too large."""
+    weight, states = normal(10, 4, dtype=torch.float32).requires_grad_(), normal(12, 4, dtype=torch.float32)
+    alive: list[weakref.ref[Tensor]] = []
+    sizes, most_alive = [], 0
+
+    def head(rows: Tensor) -> Tensor:
+        nonlocal most_alive
+        logits = rows @ weight.T
+        gc.collect()
+        alive.append(weakref.ref(logits.untyped_storage()))
+        sizes.append(logits.numel())
+        most_alive = max(most_alive, sum(reference() is not None for reference in alive))
+        return logits
+
+    logprobs, _ = token_logprobs(states, torch.zeros(12, dtype=torch.long), head, with_entropy=True, chunk_elements=30)
+    calls_forward = len(sizes)
+    logprobs.sum().backward()
+    assert max(sizes) <= 30
+    assert calls_forward == 1 + 4, "one row to learn the vocabulary's size, and 4 chunks of 3 rows"
+    assert len(sizes) == calls_forward + 4, "each chunk is recomputed once in the backward pass"
+    assert most_alive <= 2
+
+
+def test_no_tokens() -> None:
+    states = normal(0, 3).requires_grad_()
+    weight = normal(5, 3)
+    empty = torch.zeros(0, dtype=torch.long)
+    logprobs, entropy = token_logprobs(states, empty, lambda rows: rows @ weight.T, with_entropy=True)
+    assert entropy is not None and logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+
+
+def test_without_gradient_nothing_is_recomputed() -> None:
+    weight, calls = normal(5, 3), []
+
+    def head(rows: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return rows @ weight.T
+
+    with torch.no_grad():
+        logprobs, entropy = token_logprobs(normal(4, 3), torch.arange(4), head, chunk_elements=10)
+    assert entropy is None and not logprobs.requires_grad and calls == [1, 2, 2]

@@ -1,0 +1,197 @@
+import math
+
+import pytest
+
+from tercet.report.findings import interval_of_mean, wilson
+from tercet.report.load import RunData, load_run
+from tercet.report.verdict import verdict
+
+
+def ppo(**series: list[float]) -> dict[str, list[dict[str, float]]]:
+    """PPO metrics from columns."""
+    count = len(next(iter(series.values())))
+    return {"ppo": [{"iteration": i + 1} | {key: values[i] for key, values in series.items()} for i in range(count)]}
+
+
+def sft(*losses: float) -> dict[str, list[dict[str, float]]]:
+    return {"sft": [{"step": i, "eval_loss": loss} for i, loss in enumerate(losses)]}
+
+
+def gains(*values: float) -> list[dict[str, float]]:
+    return [{"sft_score": 0.5, "ppo_score": 0.5 + value} for value in values]
+
+
+def told(summary: dict[str, float]) -> RunData:
+    return RunData(summary=summary)
+
+
+def drawn(**series: list[float]) -> RunData:
+    return RunData(metrics=ppo(**series))
+
+
+def trained(accuracy: float) -> RunData:
+    return RunData(summary={"reward.eval_accuracy": 0.75}, metrics={"reward": [{"accuracy": accuracy}] * 8})
+
+
+PAIRS = {"reward.eval_accuracy": 0.55, "reward.eval_pairs": 100}
+UP_DOWN = ppo(eval_score=[0, 1, 2, 3, 4], gold=[0.0, 1.0, 1.5, 1.0, 0.6])
+JUDGED = ppo(eval_score=[0, 1, 2, 3, 4], judge=[0.0, 1.0, 1.5, 1.0, 0.6])
+
+# rule, level, the figure its sentence rests on, a run that breaks it, a run just inside
+CASES = [
+    ("not_finite", "error", "step 2", drawn(policy_loss=[1, math.nan, 1]), drawn(policy_loss=[1, 2, 1])),
+    ("skipped", "warning", "3", drawn(skipped=[0, 1, 2]), drawn(skipped=[0, 0, 0])),
+    ("sft_loss_rose", "error", "2.10", RunData(metrics=sft(2.0, 1.9, 2.1)), RunData(metrics=sft(2.0, 1.9, 1.91))),
+    ("sft_overfit", "warning", "1.60", RunData(metrics=sft(2.0, 1.5, 1.6)), RunData(metrics=sft(2.0, 1.5, 1.57))),
+    ("sft_stop", "error", "41\u202f%", told({"sft.finished": 0.41}), told({"sft.finished": 0.8})),
+    (
+        "sft_stop",
+        "warning",
+        "79\u202f%",
+        RunData(policies={"sft": {"finished": 0.79}}),
+        RunData(policies={"sft": {"finished": 0.81}}),
+    ),
+    ("reward_chance", "error", "55\u202f%", told(PAIRS), told(PAIRS | {"reward.eval_pairs": 1000})),
+    ("reward_weak", "warning", "55\u202f%", told(PAIRS | {"reward.eval_pairs": 1000}), told({"reward.eval_accuracy": 0.6})),
+    (
+        "reward_gap",
+        "warning",
+        "70\u202f%",
+        told({"reward.eval_accuracy": 0.7, "reward.ceiling": 0.8}),
+        told({"reward.eval_accuracy": 0.76, "reward.ceiling": 0.8}),
+    ),
+    ("reward_overfit", "warning", "20\u202f%", trained(0.95), trained(0.89)),
+    ("sampler_gap", "error", "0.9", drawn(sampler_logprob_gap=[0.9] * 3), drawn(sampler_logprob_gap=[0.1] * 3)),
+    ("kl_none", "error", "0.3\u202fnats", told({"ppo.kl": 0.3}), told({"ppo.kl": 0.5})),
+    ("kl_none", "warning", "0.3\u202fnats", told({"ppo.kl": 0.3, "win_rate_low": 0.6}), told({"ppo.kl": 1})),
+    ("kl_negative", "error", "\u22122\u202fnats", told({"ppo.kl": -2.0}), told({"ppo.kl": 2.0})),
+    ("kl_exploded", "error", "61\u202fnats", told({"ppo.kl": 61}), told({"ppo.kl": 59})),
+    ("kl_exploded", "error", "11\u202fnats", told({"ppo.kl": 11, "ppo.kl_budget": 10}), told({"ppo.kl": 9, "ppo.kl_budget": 10})),
+    ("score_flat", "error", "+0.5", RunData(samples=gains(2, -1)), RunData(samples=gains(1.0, 1.1, 0.9))),
+    ("score_fell", "error", "\u22121", RunData(samples=gains(-1.0, -1.1, -0.9)), RunData(samples=gains(1.0, 1.1, 0.9))),
+    ("win_rate_low", "error", "40\u202f%", told({"win_rate": 0.4, "win_rate_high": 0.45}), told({"win_rate": 0.6})),
+    (
+        "win_rate_even",
+        "warning",
+        "52\u202f%",
+        told({"win_rate": 0.52, "win_rate_low": 0.48, "win_rate_high": 0.56}),
+        told({"win_rate": 0.6, "win_rate_low": 0.55}),
+    ),
+    (
+        "judge_disagrees",
+        "error",
+        "30\u202f%",
+        RunData(summary={"win_rate": 0.9}, wins={"judge": {"win_rate": 0.3, "high": 0.35}}),
+        RunData(summary={"win_rate": 0.9}, wins={"judge": {"win_rate": 0.6, "high": 0.65}}),
+    ),
+    (
+        "over_optimised",
+        "error",
+        "\u22120.9",
+        RunData(metrics=UP_DOWN),
+        drawn(eval_score=[0, 1, 2, 3, 4], gold=[0.0, 1.0, 1.5, 1.4, 1.3]),
+    ),
+    ("over_optimised", "error", "\u22120.9", RunData(metrics=JUDGED), RunData(metrics=UP_DOWN, summary={"gold.sft_std": 20.0})),
+    (
+        "over_optimised",
+        "error",
+        "\u22121",
+        told({"gold.sft": 1, "gold.ppo": 0, "sft.score": 0, "ppo.score": 2}),
+        told({"gold.sft": 1, "gold.ppo": 2, "sft.score": 0, "ppo.score": 2}),
+    ),
+    (
+        "finished_fell",
+        "warning",
+        "80\u202f%",
+        told({"sft.finished": 0.95, "ppo.finished": 0.8}),
+        told({"sft.finished": 0.95, "ppo.finished": 0.9}),
+    ),
+    (
+        "finished_fell",
+        "error",
+        "50\u202f%",
+        told({"sft.finished": 0.95, "ppo.finished": 0.5}),
+        told({"sft.finished": 0.9, "ppo.finished": 1}),
+    ),
+    ("entropy_collapse", "warning", "20\u202f%", drawn(entropy=[2.0, 1.5, 1.0, 0.4]), drawn(entropy=[2.0, 1.5, 1.0, 0.6])),
+    ("entropy_collapse", "error", "5\u202f%", drawn(entropy=[2.0, 1.5, 1.0, 0.1]), drawn(entropy=[2.0, 2.0, 2.0, 2.0])),
+    (
+        "distinct_fell",
+        "warning",
+        "60\u202f%",
+        told({"sft.distinct2": 0.5, "ppo.distinct2": 0.3}),
+        told({"sft.distinct2": 0.5, "ppo.distinct2": 0.36}),
+    ),
+    (
+        "distinct_fell",
+        "error",
+        "20\u202f%",
+        told({"sft.distinct2": 0.5, "ppo.distinct2": 0.1}),
+        told({"sft.distinct2": 0.5, "ppo.distinct2": 0.5}),
+    ),
+    (
+        "value_model",
+        "warning",
+        "0.02",
+        drawn(explained_variance=[0.9, 0.9, 0.02, 0.02]),
+        drawn(explained_variance=[0, 0, 0.06, 0.06]),
+    ),
+    ("clip_fraction", "warning", "50\u202f%", drawn(clip_fraction=[0, 0, 0.5, 0.5]), drawn(clip_fraction=[0.9, 0.9, 0.3, 0.3])),
+    ("length_grew", "warning", "2 ×", told({"sft.length": 20, "ppo.length": 40}), told({"sft.length": 20, "ppo.length": 35})),
+    ("length_shrank", "warning", "0.2 ×", told({"sft.length": 20, "ppo.length": 4}), told({"sft.length": 20, "ppo.length": 7})),
+]
+
+
+@pytest.mark.parametrize(("rule", "level", "figure", "broken", "inside"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+def test_each_rule_fires_with_its_figure_and_not_just_inside(rule, level, figure, broken, inside) -> None:
+    found = [finding for finding in verdict(broken) if finding.rule == rule]
+    assert [(finding.level, finding.figure) for finding in found] == [(level, figure)]
+    assert found[0].title and found[0].text.endswith(".")
+    assert rule not in {finding.rule for finding in verdict(inside)}
+
+
+def test_healthy_run_has_neither_errors_nor_warnings(new_run) -> None:
+    found = verdict(load_run(new_run()))
+    assert {finding.level for finding in found} == {"ok"} and found[0].title == "Healthy"
+    assert {"reward_good", "score_rose", "win_rate_good"} <= {finding.rule for finding in found}
+
+
+def test_what_went_wrong_leads_and_earlier_stages_come_first() -> None:
+    run = RunData(summary={"ppo.kl": 0.1, "win_rate": 0.9, "win_rate_low": 0.4, "sft.finished": 0.1, "reward.eval_accuracy": 0.4})
+    found = verdict(run)
+    assert [(finding.level, finding.stage) for finding in found] == [
+        ("error", "sft"),
+        ("error", "reward"),
+        ("error", "ppo"),
+        ("warning", "ppo"),
+    ]
+
+
+def test_empty_and_partial_runs_are_not_faults() -> None:
+    assert [finding.rule for finding in verdict(RunData())] == ["empty"]
+    (found,) = verdict(RunData(metrics=sft(2.0, 1.0)))
+    assert found.title == "Healthy so far" and "the reward model, PPO" in found.text
+
+
+def test_first_broken_step_is_named_across_metrics() -> None:
+    run = RunData(
+        metrics={"sft": [{"step": 10, "loss": 1.0, "grad_norm": math.inf}, {"step": 11, "loss": math.nan, "grad_norm": 1.0}]}
+    )
+    assert "grad_norm is not a finite number at step 10 of sft, and 1 more" in verdict(run)[0].text
+
+
+def test_explained_variance_may_lack_a_value() -> None:
+    assert [f.level for f in verdict(RunData(metrics=ppo(explained_variance=[math.nan, 0.5, 0.5, 0.5])))] == ["ok"]
+
+
+def test_intervals() -> None:
+    # Wilson for 8 of 10: (0.4902, 0.9433), the textbook value.
+    assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    # mean 2, sd 1, n 3: 2 -+ 1.96 / sqrt(3)
+    assert interval_of_mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 0.868393, 3.131607), abs=1e-5)
+    assert interval_of_mean([4.0]) == (4.0, -math.inf, math.inf)
+
+
+def test_gold_and_score_that_fall_together_are_not_over_optimisation() -> None:
+    run = drawn(eval_score=[0, 1, 2, 1, 0.5], gold=[0.0, 1.0, 1.5, 1.0, 0.6])
+    assert "over_optimised" not in {finding.rule for finding in verdict(run)}
