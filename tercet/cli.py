@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tercet.types import TercetError
+from tercet.errors import TercetError
 
 app = typer.Typer(
     add_completion=False,
@@ -28,7 +30,10 @@ def init(file: Annotated[Path, typer.Argument(help="where to write it")] = Path(
 
     if file.exists():
         raise TercetError(f"{file} exists already: remove it first, or name another file")
-    file.write_text(commented_yaml(), encoding="utf-8")
+    try:
+        file.write_text(commented_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise TercetError(f"{file} cannot be written ({error.strerror}): choose another place") from None
     print(f"{file} written. Set model.name and the files under data:, then: tercet run {file}")
 
 
@@ -75,7 +80,6 @@ def report(config: ConfigFile, settings: Set) -> None:
     from tercet.pipeline import Pipeline
 
     pipeline = Pipeline(load_config(config, settings))
-    pipeline.write_summary()
     print(pipeline.write_report())
 
 
@@ -111,7 +115,8 @@ def quickstart(
     """The embedded world: a tiny model from scratch through all stages, offline, in minutes."""
     from tercet.quickstart import run_quickstart
 
-    run_quickstart(output, settings or [], from_stage)
+    with _stopped_at_once():
+        run_quickstart(output, settings or [], from_stage)
 
 
 def _run(config: Path, settings: list[str], stages: list[str] | None, from_stage: str | None) -> None:
@@ -119,8 +124,19 @@ def _run(config: Path, settings: list[str], stages: list[str] | None, from_stage
     from tercet.pipeline import Pipeline
     from tercet.table import print_summary
 
-    result = Pipeline(load_config(config, settings)).run(stages, from_stage)
+    with _stopped_at_once():
+        result = Pipeline(load_config(config, settings)).run(stages, from_stage)
     print_summary(result)
+
+
+@contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """Say how to go on after a second signal. Here and not in `main`, because typer keeps KeyboardInterrupt to itself."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
@@ -134,9 +150,6 @@ def main() -> None:
         sys.exit(2)
     except Interrupted:
         print("stopped; the state is saved, and the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

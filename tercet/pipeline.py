@@ -1,46 +1,20 @@
-"""Which stages run: fingerprints, skipping, hand-over, the lock on the run folder. The Python API is at the end."""
+"""Which stages of a run folder run, in which order; which are finished and skipped; summary and report."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tercet.config import Config, load_config, parse_yaml, to_yaml
-from tercet.types import TercetError
+from tercet.config import Config, parse_yaml, to_yaml
+from tercet.errors import TercetError
+from tercet.fingerprint import STAGES, differences, fingerprints, functions_of
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 FOLDERS = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "ppo": "ppo", "evaluate": "evaluation"}
-# Bumped when a stage's results change for the same configuration and data; tests/test_golden.py holds the results.
-VERSIONS = {"pretrain": 1, "sft": 1, "reward": 1, "ppo": 1, "evaluate": 1}
-
-_SAMPLING = ["ppo.temperature", "ppo.max_new_tokens", "ppo.stop", "ppo.truncate_after", "data.prompts", "data.eval_prompts"]
-# What each stage's results depend on, beside the stages before it: prefixes of configuration keys.
-_DEPENDS = {
-    "pretrain": [
-        "model",
-        "seed",
-        "machine.dtype",
-        "pretrain",
-        "data.pretrain",
-        "data.sft",
-        "data.max_prompt_length",
-        "data.held_out",
-    ],
-    "sft": ["model", "seed", "machine.dtype", "sft", "data.sft", "data.eval_sft", "data.max_prompt_length", "data.held_out"],
-    "reward": ["seed", "machine.dtype", "reward", "data.comparisons", "data.eval_comparisons", "data.held_out", *_SAMPLING],
-    "ppo": ["seed", "machine.dtype", "ppo", "reward.use", "data.prompts", "data.eval_prompts", "data.held_out", "evaluation"],
-    "evaluate": ["seed", "evaluation", *_SAMPLING],
-}
-_NO_EFFECT = ("ppo.save_rollouts_every",)
 
 
 @dataclass(frozen=True)
@@ -74,6 +48,7 @@ class Pipeline:
 
     def run(self, wanted: Sequence[str] | None = None, from_stage: str | None = None) -> RunResult:
         """Run the wanted stages (all of them by default) that are not finished; then write summary.json and report.html."""
+        from tercet.runtime.lock import locked
         from tercet.runtime.progress import console
 
         stages = self.stages()
@@ -83,18 +58,21 @@ class Pipeline:
         if missing:
             raise TercetError(f"{missing[0]}: the configuration has no data for this stage; it has: {', '.join(stages)}")
         chosen = [stage for stage in stages if wanted is None or stage in wanted]
-        with _locked(self.folder):
-            prints = self._fingerprints(stages)
-            if from_stage is not None:
-                self._clear(stages, from_stage)
-            to_do = [stage for stage in chosen if not self._is_done(stage, prints[stage])]
-            self._require_upstream(stages, to_do, chosen)
+        if from_stage is not None and from_stage not in chosen:
+            raise TercetError(f"--from {from_stage}: the stages to run are {', '.join(chosen)}")
+        redo = stages[stages.index(from_stage) :] if from_stage is not None else []
+        prints = fingerprints(self.config, stages, self._callables)
+        with locked(self.folder):
+            to_do = [stage for stage in chosen if stage in redo or not self._is_done(stage, prints[stage])]
+            self._require_upstream(stages, to_do, chosen, prints)
+            self._check_inputs(to_do)
+            self._clear(redo)
             if not to_do:
                 console.print(f"{self.folder}: {', '.join(chosen)} finished already, nothing to do (redo with --from STAGE)")
                 if (self.folder / "report.html").exists() or wanted is not None:
                     return RunResult(self.folder, self.summary())
             if to_do:
-                self._execute(to_do, prints)
+                self._execute(to_do)
             self.write_summary()
             if wanted is None or "evaluate" in wanted:
                 self.write_report()
@@ -121,34 +99,44 @@ class Pipeline:
     def write_report(self) -> Path:
         from tercet.report import write_report
 
+        if not (self.folder / "config.yaml").exists():
+            raise TercetError(f"{self.folder}: there is no run here to report on: `tercet run CONFIG` makes one")
         return write_report(self.folder)
 
-    def _execute(self, stages: Sequence[str], prints: dict[str, Any]) -> None:
+    def _execute(self, stages: Sequence[str]) -> None:
         from tercet.jobs.evaluation import run_evaluate
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
-        from tercet.runtime.checkpoint import write_json
+        from tercet.runtime.checkpoint import seed_everything, write_json, write_text
+        from tercet.runtime.interrupted import Interrupted
         from tercet.runtime.progress import console
         from tercet.runtime.stage import Interrupt
 
         jobs = {"pretrain": run_pretrain, "sft": run_sft, "reward": run_reward, "ppo": run_ppo, "evaluate": run_evaluate}
         with Interrupt().listening() as interrupt:
             shop = self.workshop(interrupt)
+            if shop.world.is_main:
+                write_text(self.folder / "config.yaml", to_yaml(self.config))
+            prints = fingerprints(self.config, self.stages(), self._callables)  # anew, because now the machine is chosen
             for stage in stages:
+                if interrupt.requested:
+                    raise Interrupted
+                folder = self.folder / FOLDERS[stage]
                 if shop.world.is_main:
-                    (self.folder / FOLDERS[stage]).mkdir(parents=True, exist_ok=True)
-                    write_json(self.folder / FOLDERS[stage] / "started.json", prints[stage])
+                    write_json(folder / "started.json", prints[stage])
                 began = time.monotonic()
+                seed_everything(self.config.seed)
                 figures = jobs[stage](shop)
                 if shop.world.is_main:
                     done = {"fingerprint": prints[stage], "figures": figures, "seconds": time.monotonic() - began}
                     write_json(self._done_path(stage), done)
-                    shutil.rmtree(self.folder / FOLDERS[stage] / "checkpoints", ignore_errors=True)
+                    for checkpoints in (folder / "checkpoints", folder / "judge/checkpoints"):
+                        shutil.rmtree(checkpoints, ignore_errors=True)
                 shop.world.barrier()
                 shown = "  ".join(f"{key} {value:.3g}" for key, value in figures.items() if key in _HEADLINES)
                 console.print(f"[green]{stage}[/green] finished in {time.monotonic() - began:.0f} s  {shown}")
 
     def workshop(self, interrupt: Any) -> Any:
-        """The machine, chosen and written to config.yaml, and the base model."""
+        """The machine, chosen where it says auto, and the base model."""
         from tercet.jobs.training import create_scratch
         from tercet.jobs.workshop import Workshop
         from tercet.models.load import count_parameters
@@ -157,42 +145,25 @@ class Pipeline:
         from tercet.runtime.progress import console
 
         base = str(self.folder / "pretrain/model") if self.config.model.scratch else str(self.config.model.name)
-        if self.config.model.scratch and not Path(base).exists():
-            create_scratch(self.config, Path(base))
         settings = self.config.machine
+        world = World.start(settings.device)
+        if self.config.model.scratch and not Path(base).exists() and world.is_main:
+            create_scratch(self.config, Path(base))
+        world.barrier()
         parameters = count_parameters(base, self.config.model.trust_remote_code)
         machine = resolve(settings.device, settings.dtype, settings.threads, settings.microbatch_tokens, parameters)
         self.config = self.config.model_copy(update={"machine": settings.model_copy(update=machine.settings())})
         machine.apply()
-        world = World.start(machine.device)
         if world.is_main:
-            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             chosen = "  ".join(f"{key} {value}" for key, value in machine.settings().items())
             console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {chosen}")
         return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables)
-
-    def _fingerprints(self, stages: Sequence[str]) -> dict[str, Any]:
-        """What each stage's results follow from: its version, its settings, its data's contents, the stages before it."""
-        flat = dict(_flatten(self.config.model_dump(mode="json")))
-        prints: dict[str, Any] = {}
-        for stage in stages:
-            keys = [key for key in flat if _under(key, _DEPENDS[stage]) and key not in _NO_EFFECT]
-            settings = {key: flat[key] for key in keys if not (key.startswith("data.") and isinstance(flat[key], str))}
-            settings.pop("machine.dtype", None) if flat["machine.dtype"] == "auto" else None
-            data = {key: _contents(flat[key]) for key in keys if key.startswith("data.") and isinstance(flat[key], str)}
-            upstream = {name: _digest(prints[name]) for name in stages[: stages.index(stage)]}
-            prints[stage] = {"version": VERSIONS[stage], "settings": settings, "data": data, "upstream": upstream}
-            if self._callables and stage in ("ppo", "evaluate"):
-                prints[stage]["settings"]["reward function"] = [
-                    getattr(call, "__qualname__", repr(call)) for call in self._callables
-                ]
-        return prints
 
     def _is_done(self, stage: str, wanted: dict[str, Any]) -> bool:
         """Whether the stage can be skipped; TercetError if what is there came from something else."""
         done = _read_json(self._done_path(stage))
         there = done["fingerprint"] if done else _read_json(self.folder / FOLDERS[stage] / "started.json")
-        changes = list(_differences(there, wanted)) if there else []
+        changes = list(differences(there, wanted)) if there else []
         if changes:
             state = "finished" if done else "begun"
             raise TercetError(
@@ -201,24 +172,47 @@ class Pipeline:
             )
         return done is not None
 
-    def _require_upstream(self, stages: Sequence[str], to_do: Sequence[str], chosen: Sequence[str]) -> None:
+    def _require_upstream(
+        self, stages: Sequence[str], to_do: Sequence[str], chosen: Sequence[str], prints: dict[str, Any]
+    ) -> None:
         for stage in to_do:
             for earlier in stages[: stages.index(stage)]:
-                if earlier not in chosen and not self._done_path(earlier).exists():
+                if earlier not in chosen and not self._is_done(earlier, prints[earlier]):
                     raise TercetError(
                         f"stage {stage} needs stage {earlier} first: `tercet {earlier} CONFIG`, or `tercet run CONFIG` for all"
                     )
 
-    def _clear(self, stages: Sequence[str], first: str) -> None:
-        if first not in stages:
-            raise TercetError(f"--from {first}: this run's stages are {', '.join(stages)}")
-        for stage in stages[stages.index(first) :]:
+    def _check_inputs(self, stages: Sequence[str]) -> None:
+        """Read every record and load every function that these stages will use: a mistake is told before anything is trained."""
+        from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
+        from tercet.scoring.function import load_function
+
+        data = self.config.data
+        used: dict[str, tuple[Callable[[str], Any], list[str | None]]] = {
+            "pretrain": (read_demonstrations, [data.pretrain]),
+            "sft": (read_demonstrations, [data.sft, data.eval_sft]),
+            "reward": (read_comparisons, [data.comparisons, data.eval_comparisons]),
+            "ppo": (read_prompts, [data.prompts, data.eval_prompts]),
+        }
+        for read, sources in (used[stage] for stage in stages if stage in used):
+            for source in sources:
+                if source is not None:
+                    read(source)
+        if "ppo" in stages or "evaluate" in stages:
+            for reference in functions_of(self.config):
+                load_function(reference)
+
+    def _clear(self, stages: Sequence[str]) -> None:
+        for stage in reversed(stages):  # if this is cut short, no stage is left that builds on one that is gone
+            self._done_path(stage).unlink(missing_ok=True)
             shutil.rmtree(self.folder / FOLDERS[stage], ignore_errors=True)
 
     def _done_path(self, stage: str) -> Path:
         return self.folder / FOLDERS[stage] / "done.json"
 
     def _check_rewards(self) -> None:
+        if self.config.data.prompts and not (self.config.ppo.rewards or self._callables):
+            raise TercetError("ppo.rewards is empty: name a term, or call tercet.run(config, reward=function)")
         uses_stage = any(term.kind == "stage" for term in self.config.ppo.rewards)
         available = self.config.data.comparisons or self.config.reward.use
         if self.config.data.prompts and uses_stage and not available:
@@ -231,120 +225,19 @@ class Pipeline:
 _HEADLINES = ("pretrain.eval_loss", "sft.eval_loss", "reward.eval_accuracy", "ppo.train_score", "ppo.train_kl", "win_rate")
 
 
-def run(config: Any, *, model: Any = None, tokenizer: Any = None, reward: Callable[..., list[float]] | None = None) -> RunResult:
-    """All stages. `config`: a YAML file, a mapping or a Config; `model` and `tokenizer`: objects to start from, in place of
-    model.name; `reward`: a function(prompts, responses, **fields) -> list[float] in place of ppo.rewards."""
-    return _pipeline(config, model, tokenizer, reward).run()
-
-
-def train_sft(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:
-    """Stage 1 alone (after pretraining, where the model is from scratch)."""
-    pipeline = _pipeline(config, model, tokenizer, None)
-    return pipeline.run([stage for stage in ("pretrain", "sft") if stage in pipeline.stages()])
-
-
-def train_reward(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:
-    """Stage 2 alone."""
-    return _pipeline(config, model, tokenizer, None).run(["reward"])
-
-
-def train_ppo(
-    config: Any, *, model: Any = None, tokenizer: Any = None, reward: Callable[..., list[float]] | None = None
-) -> RunResult:
-    """Stage 3 alone; `reward` as in `run`."""
-    return _pipeline(config, model, tokenizer, reward).run(["ppo"])
-
-
-def evaluate(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:
-    """Evaluation and report alone."""
-    return _pipeline(config, model, tokenizer, None).run(["evaluate"])
-
-
-def _pipeline(config: Any, model: Any, tokenizer: Any, reward: Callable[..., list[float]] | None) -> Pipeline:
-    values = config.model_dump() if isinstance(config, Config) else config
-    if model is not None:
-        if tokenizer is None or not isinstance(values, Mapping):
-            raise TercetError(
-                "model= needs tokenizer= as well, and a configuration given as a mapping (its output says where they go)"
-            )
-        folder = Path(values.get("output", "run")).resolve() / "base"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        values = {**values, "model": {**values.get("model", {}), "name": str(folder)}}
-    if reward is not None:
-        loaded = load_config(values)
-        rest = [term.model_dump() for term in loaded.ppo.rewards if term.kind != "stage"]
-        ppo = loaded.ppo.model_copy(update={"rewards": tuple(rest)})
-        return Pipeline(loaded.model_copy(update={"ppo": ppo}), [reward])
-    return Pipeline(load_config(values))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; a second process on it is refused. Ranks beside the first share the first one's lock."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise TercetError(f"{folder}: the run folder cannot be written ({error.strerror}): choose another output") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise TercetError(
-                f"{folder} is in use by process {file.read().strip() or '?'}: wait for it, or choose another output"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 def _with_earlier_choices(config: Config) -> Config:
     """Take over what `auto` came to when this run folder was begun, so that a resumed run computes alike."""
     path = Path(config.output) / "config.yaml"
     if not path.exists():
         return config
-    earlier = parse_yaml(path.read_text(encoding="utf-8"), str(path)).get("machine", {})
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    earlier = values.get("machine") if isinstance(values, dict) else None
+    if not isinstance(earlier, dict):
+        raise TercetError(
+            f"{path} has no machine section: it was damaged from outside; delete it to have the machine chosen anew"
+        )
     chosen = {key: earlier[key] for key, value in config.machine.model_dump().items() if value == "auto" and key in earlier}
     return config.model_copy(update={"machine": config.machine.model_copy(update=chosen)})
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _under(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _contents(source: str) -> dict[str, str]:
-    from tercet.data.files import fingerprint
-
-    return fingerprint(source)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    if there["version"] != wanted["version"]:
-        yield f"stage version was {there['version']}, is {wanted['version']}"
-    for part, noun in (("settings", ""), ("data", "contents of "), ("upstream", "stage ")):
-        before, now = there[part], wanted[part]
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                detail = f"was {before.get(key)!r}, is {now.get(key)!r}" if part == "settings" else "changed"
-                yield f"{noun}{key} {detail}"
 
 
 def _read_json(path: Path) -> Any:

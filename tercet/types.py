@@ -13,6 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tercet.errors import TercetError
+
+__all__ = [
+    "Comparison",
+    "Demonstration",
+    "Experience",
+    "Message",
+    "Prompt",
+    "Sequences",
+    "TercetError",
+    "Text",
+    "TokenRow",
+]
+
 
 @dataclass(frozen=True)
 class Message:
@@ -170,8 +184,3 @@ class Experience:
         width = sequences.max_response
         aligned = {f.name: getattr(self, f.name)[index, :width] for f in fields(self) if f.name not in ("sequences", "scores")}
         return Experience(sequences=sequences, scores=self.scores[index], **aligned)
-
-
-class TercetError(Exception):
-    """A mistake in what the user gave (data, configuration, model, run folder). Its message says what was found, where, what was
-    expected and the way out; the command line prints it without a traceback and exits with status 2."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from tercet.config.section import Path, Section, setting
 
 
@@ -21,3 +23,10 @@ class DataConfig(Section):
         0.1, "share of the prompts held out, the same ones in every file; none below 20 records", ge=0.0, le=0.5
     )
     max_prompt_length: int = setting(256, "tokens of a prompt in every stage; of a longer one the last are kept", ge=1)
+
+    @model_validator(mode="after")
+    def _nothing_held_out_alone(self) -> DataConfig:
+        for name in ("sft", "comparisons", "prompts"):
+            if getattr(self, f"eval_{name}") is not None and getattr(self, name) is None:
+                raise ValueError(f"eval_{name} is set but {name} is empty: there would be nothing to train on; set {name}")
+        return self

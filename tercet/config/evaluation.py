@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from tercet.config.ppo import RewardTerm
 from tercet.config.section import Section, setting
+
+Count = Annotated[int, Field(ge=1)]
+# What evaluation itself calls the columns of a response and the judges that it makes.
+_TAKEN = ("score", "judge", "bag_of_words", "gold", "kl", "entropy", "place", "response", "ids", "length", "finished")
 
 
 class EvaluationConfig(Section):
@@ -19,6 +25,15 @@ class EvaluationConfig(Section):
     main_group: str | None = setting(
         None, "the value of that field whose prompts the headline figures are over; empty: all prompts"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluationConfig:
+        if self.main_group is not None and self.group_by is None:
+            raise ValueError(f"main_group is {self.main_group!r} but group_by is empty: name the field that it is a value of")
+        taken = next((name for name in self.judges if name in _TAKEN), None)
+        if taken is not None:
+            raise ValueError(f"judges: the name {taken!r} means something else already: call it my_{taken}, for example")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -35,7 +50,7 @@ class MachineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "of matrix products; master weights, losses and log-probabilities are never below float32"
     )
-    threads: Literal["auto"] | int = setting("auto", "CPU threads of this process")
-    microbatch_tokens: Literal["auto"] | int = setting(
+    threads: Literal["auto"] | Count = setting("auto", "CPU threads of this process")
+    microbatch_tokens: Literal["auto"] | Count = setting(
         "auto", "tokens per forward, padding counted; lower it when memory runs out"
     )

@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from tercet.config.data import DataConfig
@@ -19,7 +19,7 @@ from tercet.config.model import ModelConfig
 from tercet.config.ppo import PPOConfig
 from tercet.config.section import Path, Section, setting
 from tercet.config.training import PretrainConfig, RewardConfig, SFTConfig
-from tercet.types import TercetError
+from tercet.errors import TercetError
 
 
 class Config(Section):
@@ -36,6 +36,25 @@ class Config(Section):
     evaluation: EvaluationConfig = setting(EvaluationConfig(), "after training")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), "exact-resume state")
     machine: MachineConfig = setting(MachineConfig(), "device, precision and threads")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, values: Any) -> Any:
+        # `sft:` with all its lines deleted is None in YAML.
+        if not isinstance(values, dict):
+            return values
+        plain = ("output", "seed", "model")
+        return {key: value for key, value in values.items() if value is not None or key in plain or key not in cls.model_fields}
+
+    @model_validator(mode="after")
+    def _scratch_has_text(self) -> Config:
+        if self.model.scratch is None and self.data.pretrain is not None:
+            raise ValueError(
+                "data.pretrain is for a scratch model but model.name is set: use model.scratch, or remove data.pretrain"
+            )
+        if self.model.scratch is not None and self.data.pretrain is None and self.data.sft is None:
+            raise ValueError("model.scratch needs text to train its tokenizer on: set data.pretrain or data.sft")
+        return self
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,16 +79,20 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 def parse_yaml(text: str, name: str) -> Any:
     """YAML text to plain values; TercetError names the line that cannot be read."""
-    loader = _Loader(text)
-    loader.name = name
+    loader = None
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise TercetError(f"{name}{line}: this is not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        raise TercetError(
+            f"{name}{line}: this is not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})"
+        ) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def load_config(source: str | FilePath | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -84,10 +107,9 @@ def load_config(source: str | FilePath | Mapping[str, Any] | Config, overrides: 
         name, values, base = "configuration", dict(source), FilePath.cwd()
     else:
         name, values, base = str(source), _read(FilePath(source)), FilePath(source).resolve().parent
-    values = _absolute_paths(values, base)
+    values = _absolute_paths({"output": Config.model_fields["output"].default, **values}, base)
     for override in overrides:
         _apply(values, override)
-    values = _absolute_paths(values, FilePath.cwd())
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -176,11 +198,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise TercetError(f"--set {override}: {'.'.join(parts[: depth + 1])} is not a section")
         node[part] = dict(child)
         node = node[part]
-    node[parts[-1]] = parse_yaml(text, f"--set {key}")
+    alone: Any = parse_yaml(text, f"--set {key}")
+    for part in reversed(parts):
+        alone = {part: alone}
+    alone = _absolute_paths(alone, FilePath.cwd())
+    for part in parts:
+        alone = alone[part]
+    node[parts[-1]] = alone
 
 
 def _absolute_paths(values: dict[str, Any], base: FilePath) -> dict[str, Any]:
-    """Make the values that name files absolute. A model or data set name that is no existing path stays as it is."""
+    """Make the values that name files absolute. What may be a hub's name stays as it is, unless there is such a path."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
 
     def absolute(section: Any, keys: Sequence[str], must_exist: bool) -> None:
@@ -190,7 +218,7 @@ def _absolute_paths(values: dict[str, Any], base: FilePath) -> dict[str, Any]:
             value = section.get(key)
             if isinstance(value, str) and value and not os.path.isabs(value):
                 path = base / os.path.expanduser(value)
-                if not must_exist or path.exists():
+                if not must_exist or value.startswith((".", "~")) or value.endswith(_DATA_SUFFIXES) or path.exists():
                     section[key] = str(path.resolve())
 
     absolute(result, ["output"], must_exist=False)
@@ -202,6 +230,9 @@ def _absolute_paths(values: dict[str, Any], base: FilePath) -> dict[str, Any]:
     absolute(result.get("ppo"), ["policy", "value_model"], must_exist=True)
     _absolute_functions(result, base)
     return result
+
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
 def _absolute_functions(values: dict[str, Any], base: FilePath) -> None:
@@ -228,8 +259,12 @@ def _absolute_functions(values: dict[str, Any], base: FilePath) -> None:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
+    told: set[tuple[str, ...]] = set()
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
+        path = _place(problem["loc"])
+        if tuple(path) in told:
+            continue  # each member of a union complains
+        told.add(tuple(path))
         if problem["type"] == "extra_forbidden":
             yield _unknown_key(path)
         elif problem["type"] == "missing":
@@ -237,8 +272,24 @@ def _explain(error: ValidationError) -> Iterator[str]:
         else:
             found = problem["input"]
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "literal_error" and len(path) < len(problem["loc"]):
+                message = f"{message} or a whole number of at least 1"  # the only unions with a literal: machine's `auto`
             shown = "" if isinstance(found, dict | Section) else f" (found {found!r})"
-            yield f"{'.'.join(path) or 'configuration'}: {message}{shown}"
+            yield f"{'.'.join(path)}: {message}{shown}" if path else f"{message}{shown}"
+
+
+def _place(location: tuple[int | str, ...]) -> list[str]:
+    """Where an error is, without the names that pydantic gives to the members of a union ("int", "literal['auto']")."""
+    section: type[Section] | None = Config
+    path: list[str] = []
+    for part in location:
+        info = section.model_fields.get(str(part)) if section is not None else None
+        if info is not None:
+            section = _section_of(info, inside_containers=True)
+        elif section is None and isinstance(part, str):
+            continue
+        path.append(str(part))
+    return path
 
 
 def _section_at(path: Sequence[str]) -> type[Section]:

@@ -77,7 +77,9 @@ class PPOConfig(Section):
     max_new_tokens: int = setting(64, "length limit of a response", ge=1)
     stop: list[str] = setting([], "texts that end a response, beside the tokenizer's and the model's own end tokens")
     truncate_after: int = setting(0, "end tokens before this position of the response do not end it", ge=0)
-    rewards: list[RewardTerm] = setting([RewardTerm()], "the terms of the score", min_length=1)
+    rewards: list[RewardTerm] = setting(
+        [RewardTerm()], "the terms of the score; empty only where Python gives the reward function"
+    )
     score_clip: float | None = setting(None, "scores are clipped to plus or minus this", gt=0)
     missing_eos_penalty: float | None = setting(1.0, "subtracted from the score of a response that no end token ended", ge=0)
     missing_eos_score: float | None = setting(None, "instead: the score of such a response")
@@ -108,5 +110,10 @@ class PPOConfig(Section):
         if self.truncate_after >= self.max_new_tokens:
             raise ValueError(
                 f"truncate_after ({self.truncate_after}) must be below max_new_tokens ({self.max_new_tokens}), or no response can end"
+            )
+        if self.value_warmup_iterations >= self.iterations:
+            raise ValueError(
+                f"value_warmup_iterations ({self.value_warmup_iterations}) must be below iterations ({self.iterations}), "
+                f"or the policy never learns: try {self.iterations // 10}"
             )
         return self

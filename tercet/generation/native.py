@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from tercet.algo.masks import position_ids
 from tercet.generation.sampling import inverse_cdf
 from tercet.models.roles import Policy
-from tercet.types import Sequences, TokenRow
+from tercet.types import Sequences, TercetError, TokenRow
 
 
 class NativeGenerator:
@@ -61,19 +61,22 @@ class NativeGenerator:
     def sample(self, prompts: list[list[int]], uniforms: Tensor | None) -> Sequences:
         """One response for each prompt; uniforms (B, >= max_new_tokens) float64, None for greedy decoding."""
         device, steps = self._policy.device, self._max_new_tokens
+        if not all(prompts):
+            raise ValueError("a prompt without a token: there is nothing to predict the response from")
         inputs, mask = _left_padded(prompts, device)
         positions = position_ids(mask)
         cache = DynamicCache(config=self._engine.model.config)
         rows = torch.arange(len(prompts), device=device)  # the active rows' places in the batch
         responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
-        logprobs = torch.zeros(len(prompts), steps, dtype=torch.float32, device=device)
+        wide = torch.float64 if self._policy.compute_dtype is torch.float64 else torch.float32
+        logprobs = torch.zeros(len(prompts), steps, dtype=wide, device=device)
         lengths = torch.zeros_like(rows)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for step in range(steps):
+        for step in range(steps if prompts else 0):  # a rank of many may have no rows
             logits = self._next_logits(inputs, mask, positions, cache)
             uniform = None if uniforms is None else uniforms[rows.cpu(), step]
             tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
-            responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.float(), step + 1
+            responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
             ended = self._ended(tokens, responses, rows, step)
             finished[rows[ended]] = True
             going = ~ended
@@ -85,6 +88,11 @@ class NativeGenerator:
             inputs = tokens[:, None]
             positions = positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if not bool(logprobs.isfinite().all()):
+            raise TercetError(
+                "the policy gave numbers that are not finite while it was sampled; the last checkpoint is kept. Lower "
+                "ppo.learning_rate, raise ppo.kl.coef, or set machine.dtype: float32"
+            )
         return _assemble(prompts, responses, lengths, finished, logprobs, self.version)
 
     def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -115,7 +123,7 @@ class NativeGenerator:
 
 
 def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
+    width = max((len(prompt) for prompt in prompts), default=1)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.bool)
     for row, prompt in enumerate(prompts):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tercet.config import Config
+from tercet.data.records import judge_split, read_comparisons, split
 from tercet.jobs.workshop import Workshop
 from tercet.runtime.checkpoint import write_json
 from tercet.runtime.progress import Bar
+from tercet.scoring.bag_of_words import BagOfWords
 from tercet.scoring.base import Scorer
 from tercet.scoring.function import FunctionScorer, load_function
 from tercet.stages.evaluate import Judges, Sampling, compare, groups_of, respond
 from tercet.stages.rollout import PromptSet
+from tercet.types import Comparison, TercetError
 
 Figures = dict[str, Any]
 
@@ -24,7 +29,7 @@ def run_evaluate(shop: Workshop) -> Figures:
     if sources["base"] == sources["sft"]:
         del sources["base"]
     ref_policy = shop.load_policy(shop.sft_source, frozen=True)
-    judges, sampling, prompts = judges_of(shop, shop.scorer(config.ppo.rewards)), sampling_of(shop), shop.prompts(held_out=True)
+    judges, sampling, prompts = judges_of(shop, shop.reward()), sampling_of(shop), shop.prompts(held_out=True)
     responses: dict[str, list[dict[str, Any]]] = {}
     with Bar("evaluate", len(sources) * len(prompts), silent=not shop.world.is_main) as bar:
         for name, source in sources.items():
@@ -35,7 +40,13 @@ def run_evaluate(shop: Workshop) -> Figures:
     folder = shop.folder / "evaluation"
     names = list(judges.others)
     groups = groups_of(prompts, config.evaluation.group_by)
-    main = groups.get(str(config.evaluation.main_group), list(range(len(prompts))))
+    wanted = config.evaluation.main_group
+    if wanted is not None and wanted not in groups:
+        raise TercetError(
+            f"evaluation.main_group is {wanted!r}, but the held-out prompts' field {config.evaluation.group_by!r} has the values "
+            f"{', '.join(groups)}: choose one of them"
+        )
+    main = groups[wanted] if wanted is not None else list(range(len(prompts)))
     policies, won = compare({name: [rows[i] for i in main] for name, rows in responses.items()}, names, config.seed)
     figures = _flat(policies, won)
     for group, places in groups.items():
@@ -48,12 +59,36 @@ def run_evaluate(shop: Workshop) -> Figures:
     return figures
 
 
+@dataclass(frozen=True)
+class ComparisonSets:
+    """The comparisons by use: for the reward model, for its judge, held out from both. Always the same for the same files."""
+
+    train: list[Comparison]
+    judge: list[Comparison]
+    held_out: list[Comparison]
+    dropped: int
+
+
+def comparison_sets(config: Config) -> ComparisonSets:
+    """Read and split data.comparisons."""
+    data = config.data
+    assert data.comparisons is not None
+    records = read_comparisons(data.comparisons)
+    train, held_out = list(records), list(read_comparisons(data.eval_comparisons)) if data.eval_comparisons else []
+    if not data.eval_comparisons:
+        train, held_out = split(train, data.held_out)
+    train, judge = judge_split(train) if config.reward.judge else (train, [])
+    return ComparisonSets(train, judge, held_out, sum(records.dropped.values()))
+
+
 def judges_of(shop: Workshop, score: Scorer) -> Judges:
-    """The training score, the second reward model where there is one, and those that the configuration names."""
+    """The training score; the second reward model and a linear one, both from comparisons that the first never saw, where there
+    are enough; those that the configuration names."""
     others: dict[str, Scorer] = {}
     judge = shop.folder / "reward/judge/model"
-    if judge.exists():
+    if judge.exists() and shop.config.data.comparisons is not None:
         others["judge"] = shop.reward_scorer(shop.load_scorer(str(judge)))
+        others["bag_of_words"] = BagOfWords(comparison_sets(shop.config).judge)
     others |= {name: shop.scorer([term]) for name, term in shop.config.evaluation.judges.items()}
     if shop.config.evaluation.gold:
         others["gold"] = FunctionScorer(load_function(shop.config.evaluation.gold), name=shop.config.evaluation.gold)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from tercet.config import Config
-from tercet.data.records import judge_split, read_comparisons, read_demonstrations, split
+from tercet.data.records import read_demonstrations, split
 from tercet.generation.sampling import uniforms
-from tercet.jobs.evaluation import judges_of, sampling_of
+from tercet.jobs.evaluation import comparison_sets, judges_of, sampling_of
 from tercet.jobs.workshop import Workshop, model_card
 from tercet.models.load import (
     new_causal_lm,
@@ -24,6 +24,7 @@ from tercet.models.load import (
 )
 from tercet.models.roles import ScoreModel, init_score_head
 from tercet.runtime.checkpoint import replace_folder, write_json
+from tercet.scoring.bag_of_words import BagOfWords
 from tercet.stages.evaluate import respond
 from tercet.stages.ppo import train_ppo
 from tercet.stages.reward import normalise, train_reward_model
@@ -92,16 +93,10 @@ def run_reward(shop: Workshop) -> Figures:
     """Stage 2: comparisons -> reward/model, and reward/judge from comparisons that the first never saw."""
     config = shop.config
     assert config.data.comparisons is not None
-    train = read_comparisons(config.data.comparisons)
-    dropped = sum(train.dropped.values())
-    held_out = read_comparisons(config.data.eval_comparisons) if config.data.eval_comparisons else []
-    own = list(train)
-    if not config.data.eval_comparisons:
-        own, held_out = split(own, config.data.held_out)
-    own, for_judge = judge_split(own) if config.reward.judge else (own, [])
+    comparisons = comparison_sets(config)
     samples = _normalisation_samples(shop)
-    figures: Figures = {"reward.dropped": dropped}
-    for name, records in (("reward", own), ("judge", for_judge)):
+    figures: Figures = {"reward.dropped": comparisons.dropped}
+    for name, records in (("reward", comparisons.train), ("judge", comparisons.judge)):
         if not records:
             continue
         model = shop.load_scorer(shop.sft_source, frozen=False, num_labels=1)
@@ -109,14 +104,17 @@ def run_reward(shop: Workshop) -> Figures:
         folder = "reward" if name == "reward" else "reward/judge"
         run = shop.stage_run(name, folder)
         seed = config.seed if name == "reward" else config.seed + 1
-        trained, pairs = train_reward_model(run, config.reward, model, shop.template, records, held_out, seed=seed)
+        trained, pairs = train_reward_model(run, config.reward, model, shop.template, records, comparisons.held_out, seed=seed)
         if samples is not None:
             trained |= normalise(model, samples, shop.machine.microbatch_tokens)
         if shop.world.is_main:
             write_json(run.folder / "held_out.json", pairs)
         if name == "reward":
             figures |= trained
-            _write_probe(shop, model, samples, held_out or own)
+            if comparisons.held_out:
+                baseline = BagOfWords(comparisons.train).accuracy(comparisons.held_out)
+                figures["reward.bag_of_words_accuracy"] = baseline
+            _write_probe(shop, model, samples, comparisons.held_out or comparisons.train)
         else:
             figures |= {key.replace("reward.", "judge."): value for key, value in trained.items()}
         about = "A reward model trained on comparisons by Tercet. Score = logit + score_offset of config.json."
@@ -131,7 +129,7 @@ def run_ppo(shop: Workshop) -> Figures:
     ref_policy = shop.load_policy(shop.sft_source, frozen=True)
     _check_probe(shop)
     value_model = _value_model(shop)
-    actors = Actors(policy, ref_policy, value_model, shop.generator(policy), shop.scorer(config.rewards))
+    actors = Actors(policy, ref_policy, value_model, shop.generator(policy), shop.reward())
     held_out, judges, sampling = shop.prompts(held_out=True), judges_of(shop, actors.scorer), sampling_of(shop)
 
     def evaluate(iteration: int) -> Figures:

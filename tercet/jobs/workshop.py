@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tercet.config import Config
@@ -78,7 +79,7 @@ class Workshop:
     def load_policy(self, source: str, *, frozen: bool = False, dropout: float = 0.0) -> Policy:
         model = load_causal_lm(source, dropout=dropout, trust_remote_code=self.config.model.trust_remote_code)
         check_vocabulary(model, self.tokenizer, source)
-        policy = Policy(model, self.machine.dtype).to(self.machine.device).eval()
+        policy = Policy(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
         if policy.own_logits:
             console.print(f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)")
         if frozen:
@@ -87,7 +88,7 @@ class Workshop:
 
     def load_scorer(self, source: str, *, frozen: bool = True, num_labels: int | None = None) -> ScoreModel:
         model = load_classifier(source, num_labels=num_labels, trust_remote_code=self.config.model.trust_remote_code)
-        scorer = ScoreModel(model, self.machine.dtype).to(self.machine.device).eval()
+        scorer = ScoreModel(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
         if frozen:
             scorer.freeze()
         return scorer
@@ -134,7 +135,15 @@ class Workshop:
     def scorer(self, terms: Sequence[RewardTerm]) -> Scorer:
         """What the terms of a score amount to."""
         parts: list[tuple[float, Scorer]] = [(term.weight, self._term(term)) for term in terms]
-        parts += [(1.0, FunctionScorer(call, name=getattr(call, "__name__", "reward"))) for call in self.reward_callables]
+        return self._sum(parts)
+
+    def reward(self) -> Scorer:
+        """The training score: the terms of ppo.rewards, or the functions that the Python API was given."""
+        given = [(1.0, FunctionScorer(call, name=getattr(call, "__name__", "reward"))) for call in self.reward_callables]
+        return self._sum(given) if given else self.scorer(self.config.ppo.rewards)
+
+    @staticmethod
+    def _sum(parts: Sequence[tuple[float, Scorer]]) -> Scorer:
         return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else WeightedSum(parts)
 
     def _term(self, term: RewardTerm) -> Scorer:
@@ -146,7 +155,9 @@ class Workshop:
         assert term.model is not None
         trust = self.config.model.trust_remote_code
         model = load_classifier(term.model, trust_remote_code=trust)
-        return ClassifierScorer(model, load_tokenizer_of_any(term.model, trust), label=term.label, name=term.model)
+        return ClassifierScorer(
+            model, load_tokenizer(term.model, trust_remote_code=trust, needs_eos=False), label=term.label, name=term.model
+        )
 
     def reward_scorer(self, model: ScoreModel) -> RewardModelScorer:
         return RewardModelScorer(model, microbatches, self.machine.microbatch_tokens)
@@ -178,18 +189,6 @@ class Workshop:
         self.write_model(
             final, lambda folder: save_classifier(scorer.model.float(), self.tokenizer, folder, card=model_card(about))
         )
-
-
-def load_tokenizer_of_any(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """A classifier's tokenizer; encoders have no end-of-text token and need none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise TercetError(
-            f"{source}: no tokenizer there, but text must be written in the classifier's own tokens: {error}"
-        ) from None
 
 
 def model_card(about: str) -> str:

@@ -33,11 +33,15 @@ transformers_logging.disable_progress_bar()
 PAD_TOKEN = "<|tercet_pad|>"
 
 
-def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a hub name; it must have an end-of-text token."""
+def load_tokenizer(source: str, *, trust_remote_code: bool = False, needs_eos: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a hub name; with `needs_eos` it must have an end-of-text token (encoders need none)."""
     with _explained(source, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is None:
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes up an empty one where there is none
+        raise TercetError(
+            f"{source}: there is no tokenizer: put the files that belong to the model there, such as tokenizer.json"
+        )
+    if needs_eos and tokenizer.eos_token_id is None:
         raise TercetError(
             f"{source}: its tokenizer has no end-of-text token, so no response could ever end: set eos_token in tokenizer_config.json"
         )
@@ -48,9 +52,17 @@ def load_causal_lm(source: str, *, dropout: float = 0.0, trust_remote_code: bool
     """A causal language model in float32, on the CPU."""
     with _explained(source, "a causal language model"):
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), dropout)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        model, info = loaded
+        _check_complete(info["missing_keys"], source)
+        _check_causal(model, source)
     return model
 
 
@@ -60,9 +72,17 @@ def load_classifier(source: str, *, num_labels: int | None = None, trust_remote_
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), 0.0)
         if num_labels is not None:
             config.num_labels = num_labels
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        model, info = loaded
+        if num_labels is None:
+            _check_complete(info["missing_keys"], source)
     return model
 
 
@@ -79,16 +99,24 @@ def new_causal_lm(
     for key, value in wanted.items():
         if not hasattr(config, key):
             raise TercetError(f"model.scratch.options.{key}: {architecture} has no such setting")
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # transformers checks types here, with an exception class of the hub library's
+            raise TercetError(
+                f"model.scratch.options.{key}: {value!r} is refused: {str(error).strip().splitlines()[-1].strip()}"
+            ) from None
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = None
     config.tie_word_embeddings = options.get("tie_word_embeddings", True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(_set_dropout(config, 0.0), dtype=torch.float32)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise TercetError(f"model.scratch.options: {architecture} cannot be built with them: {error}") from None
+            model = AutoModelForCausalLM.from_config(_set_dropout(config, 0.0), dtype=torch.float32)
+        except Exception as error:  # every architecture fails in its own way on sizes that do not fit together
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TercetError(f"model.scratch.options: {architecture} cannot be built with them: {first}") from None
+    _check_causal(model, f"model.scratch.architecture: {architecture}")
+    return model
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -119,9 +147,10 @@ def stop_token_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> list[int]
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """TercetError if the tokenizer can produce an id that the model has no embedding for."""
     rows = embedding_rows(model)
-    if len(tokenizer) > rows:
+    entries = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps, so their number says nothing
+    if entries > rows:
         raise TercetError(
-            f"{source}: the tokenizer has {len(tokenizer)} entries but the model only {rows} embedding rows: they do not belong together"
+            f"{source}: the tokenizer needs {entries} embedding rows but the model has only {rows}: they do not belong together"
         )
 
 
@@ -132,6 +161,31 @@ def count_parameters(source: str, trust_remote_code: bool = False) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_complete(missing: Iterable[str], source: str) -> None:
+    """TercetError if weights were absent from the checkpoint, which transformers then fills with random numbers."""
+    names = sorted(missing)
+    if names:
+        raise TercetError(
+            f"{source}: the checkpoint lacks {len(names)} of the weights that this kind of model needs, first {names[0]}: it was "
+            "saved for another purpose or is incomplete"
+        )
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, source: str) -> None:
+    """TercetError if later tokens change earlier logits: transformers loads encoders such as BERT as "causal" models too."""
+    probe = torch.arange(4)[None] % embedding_rows(model)
+    other = probe.clone()
+    other[0, -1] = 0
+    before, after = (model.eval()(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (probe, other))
+    if not bool(before.isfinite().all()):
+        raise TercetError(f"{source}: its logits are not finite, so its weights are damaged: take another checkpoint")
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-5):
+        raise TercetError(
+            f"{source}: {type(model).__name__} looks at later tokens, so it is not a causal language model: choose one such as gpt2"
+        )
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -171,16 +225,21 @@ def save_policy(
 def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str) -> None:
     """Write a scorer as AutoModelForSequenceClassification reads it.
 
-    That class looks for the last id that is not pad, so pad must be an id that no text contains (row 8 of section 3): the
-    tokenizer gets a pad token of its own, the input embedding a row for it, unless the checkpoint already has both.
+    That class looks for the last id that is not pad, so pad must be an id that no text contains (row 8 of section 3): the input
+    embedding gets a row of its own for it, behind all rows that could be sampled, unless an earlier save has added it. Where the
+    vocabulary is padded, placeholder tokens fill the gap, because a tokenizer numbers its tokens without holes.
     """
     saved = AutoTokenizer.from_pretrained(_saved_tokenizer(tokenizer, folder))
-    if saved.pad_token != PAD_TOKEN:
-        saved.add_special_tokens({"pad_token": PAD_TOKEN})
-    rows = embedding_rows(model)
-    if saved.pad_token_id >= rows:
-        model.resize_token_embeddings(saved.pad_token_id + 1, mean_resizing=False)
-    model.config.pad_token_id = saved.pad_token_id
+    rows, pad_id = embedding_rows(model), model.config.pad_token_id
+    if pad_id is None or pad_id != rows - 1 or pad_id < len(saved) and saved.convert_ids_to_tokens(pad_id) != PAD_TOKEN:
+        pad_id = rows
+        model.resize_token_embeddings(rows + 1, mean_resizing=False)
+    if len(saved) < pad_id:
+        saved.add_tokens([f"<|tercet_unused_{i}|>" for i in range(len(saved), pad_id)], special_tokens=True)
+    saved.add_special_tokens({"pad_token": PAD_TOKEN})
+    assert saved.pad_token_id == pad_id
+    saved.padding_side = "right"  # with pads on the left, a model with learned positions reads every text shifted
+    model.config.pad_token_id = pad_id
     model.save_pretrained(folder)
     saved.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -215,4 +274,6 @@ def _explained(source: str, wanted: str) -> Any:
     except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, ... by no stated rule
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = " (the hub is switched off or out of reach: give a folder)" if "offline" in str(error).lower() else ""
+        if "trust_remote_code" in str(error):
+            hint = " without running its own code, which model.trust_remote_code: true would allow"
         raise TercetError(f"{source}: cannot be loaded as {wanted}{hint}: {first}") from error

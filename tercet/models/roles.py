@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
+from tercet.models.kernels import fuse_activations, use_float32_attention
 from tercet.models.load import embedding_rows
 from tercet.types import Sequences, TercetError
 
@@ -27,6 +28,9 @@ class _Role(nn.Module):
         super().__init__()
         self.model = model.double() if compute_dtype is torch.float64 else model
         self.compute_dtype = compute_dtype
+        fuse_activations(self.model)
+        if compute_dtype is torch.bfloat16 and self.model.device.type == "cpu":
+            use_float32_attention(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +98,7 @@ class ScoreModel(_Role):
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32):
         super().__init__(model, compute_dtype)
         self.head = score_head(model)
+        _check_score(model, self.head)
         self.offset = float(getattr(model.config, "score_offset", 0.0))
 
     def forward(self, sequences: Sequences, *, per_token: bool = False) -> Tensor:
@@ -112,7 +117,8 @@ class ScoreModel(_Role):
     def normalise(self, gain: float, bias: float) -> None:
         """From now on score = gain * score + bias (Ziegler 2019): the gain goes into the head's weight, the rest into the offset."""
         with torch.no_grad():
-            self.head.weight.mul_(gain)
+            for parameter in self.head.parameters():
+                parameter.mul_(gain)
         self.set_offset(gain * self.offset + bias)
 
     def set_offset(self, offset: float) -> None:
@@ -154,5 +160,30 @@ def _head_is_plain(model: PreTrainedModel) -> bool:
     if head is None:
         return False
     probe = torch.arange(4, device=model.device)[None] % embedding_rows(model)
-    hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    return torch.allclose(head(hidden), model(input_ids=probe, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    # A cap does not show in the small logits of a young model: make them large while we look.
+    amplifier = head.register_forward_hook(lambda module, inputs, output: output * 1e4)
+    was_training = model.training
+    model.eval()  # a model object of the user's may have dropout
+    try:
+        expected = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
+        logits = model(input_ids=probe, use_cache=False).logits
+    finally:
+        amplifier.remove()
+        model.train(was_training)
+    return bool((expected - logits).abs().max() <= 1e-4 * expected.abs().max())
+
+
+@torch.no_grad()
+def _check_score(model: PreTrainedModel, head: nn.Linear) -> None:
+    """TercetError if the model's own score is not head(state at the last token): an encoder, or a head with more to it."""
+    was_training = model.training
+    model.eval()
+    probe = torch.tensor([[i for i in range(5) if i != model.config.pad_token_id][:4]], device=model.device)
+    expected = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state[:, -1])
+    own = model(input_ids=probe, use_cache=False).logits
+    model.train(was_training)
+    if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise TercetError(
+            f"{model.config.name_or_path or 'the reward model'} ({type(model).__name__}) does not read its score at the last token: "
+            "it cannot serve as reward or value model; use it in ppo.rewards as {kind: classifier, model: ...}"
+        )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tercet.types import TercetError
+from tercet.errors import TercetError
 
 FORMAT = 1
 
@@ -41,8 +41,9 @@ class Checkpoints:
     def save(self, step: int, values: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write atomically: a reader sees the whole checkpoint or none of it."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._folder.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary = self._folder / f".writing-{step:09d}"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for group, named in tensors.items():
             save_file(
@@ -56,20 +57,31 @@ class Checkpoints:
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         final = self._path(step)
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = self._folder / f".replaced-{final.name}"
+        if final.exists():  # an iteration that was interrupted twice: the one saved before stays until this one is in place
+            os.replace(final, replaced)
         os.replace(temporary, final)
         _sync(self._folder)
-        for old in self._steps()[: -self._keep]:
+        shutil.rmtree(replaced, ignore_errors=True)
+        steps = self._steps()
+        # Steps beyond this one were damaged, or the run would have gone on from them: they must not count as kept.
+        for old in [*(s for s in steps if s > step), *[s for s in steps if s <= step][: -self._keep]]:
             shutil.rmtree(self._path(old), ignore_errors=True)
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
         complaints: list[str] = []
+        for replaced in self._folder.glob(".replaced-step-*"):  # the process died between two renames
+            final = self._folder / replaced.name.removeprefix(".replaced-")
+            if not final.exists():
+                os.replace(replaced, final)
         for step in reversed(self._steps()):
             try:
                 return self._read(self._path(step)), complaints
             except (OSError, ValueError, KeyError, SafetensorError) as error:
-                complaints.append(f"{self._path(step)} is damaged ({error}); going back to the checkpoint before it")
+                complaints.append(
+                    f"{self._path(step)} is damaged ({error}); going back to the one before it, or to the beginning"
+                )
         return None, complaints
 
     def clear(self) -> None:
@@ -93,10 +105,18 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         if not self._folder.is_dir():
             return []
-        return sorted(int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*"))
+        numbers = (path.name.removeprefix("step-") for path in self._folder.glob("step-*"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:09d}"
+
+
+def seed_everything(seed: int) -> None:
+    """Start torch's, numpy's and Python's global generators from a seed: what dropout and users' functions draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def random_state() -> dict[str, Any]:
@@ -121,9 +141,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, path)
 

@@ -23,12 +23,13 @@ class World:
         self.size = size
 
     @staticmethod
-    def start(device: torch.device) -> World:
-        """Join the processes that torchrun started, if it did."""
+    def start(device: str) -> World:
+        """Join the processes that torchrun started, if it did; `device` as in the configuration, "auto" or a name."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return World()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            on_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+            dist.init_process_group("nccl" if on_cuda else "gloo")
         return World(dist.get_rank(), dist.get_world_size())
 
     @property

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tercet.types import TercetError
+from tercet.errors import TercetError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # Below this many parameters a matrix product is so small that casting to bfloat16 costs more than it saves.
-_BFLOAT16_PARAMETERS = 3_000_000
-_SMALL_MODEL = 20_000_000
+_BFLOAT16_PARAMETERS = 300_000
+_TINY_MODEL, _SMALL_MODEL = 300_000, 20_000_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Machine:
         """Make this process compute so, deterministically."""
         torch.set_num_threads(self.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else every new tensor is filled with NaN first: a pass over memory, against bugs in torch alone.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def settings(self) -> dict[str, str | int]:
         """The values for the configuration's machine section."""
@@ -74,7 +76,7 @@ def _threads(parameters: int) -> int:
     # A small model's matrices are too small to share, and threads that spin cost dearly when other work runs beside.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     idle = max(1, cores - int(os.getloadavg()[0])) if hasattr(os, "getloadavg") else cores
-    return 1 if parameters < _BFLOAT16_PARAMETERS // 2 else min(cores, idle) if parameters < _SMALL_MODEL else cores
+    return 1 if parameters < _TINY_MODEL else min(cores, idle) if parameters < _SMALL_MODEL else cores
 
 
 def _tokens(device: torch.device, parameters: int) -> int:

@@ -30,10 +30,11 @@ class JsonLines:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        # Not splitlines(): it also cuts at U+2028 and other characters that a sampled response may hold.
+        for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 if json.loads(line)[self._key] <= step:
-                    kept.append(line)
+                    kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
         temporary = self._path.with_name(f".{self._path.name}.writing")
@@ -43,7 +44,7 @@ class JsonLines:
     def read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").split("\n") if line]
 
 
 class Stopwatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from tercet.errors import TercetError
 from tercet.runtime.checkpoint import Checkpoint, Checkpoints, random_state, restore_random_state
 from tercet.runtime.distributed import World
 from tercet.runtime.interrupted import Interrupted
@@ -21,7 +23,6 @@ from tercet.runtime.machine import Machine
 from tercet.runtime.metrics import JsonLines, peak_memory_mb
 from tercet.runtime.optim import Optimizer
 from tercet.runtime.progress import Bar, console
-from tercet.types import TercetError
 
 
 class Interrupt:
@@ -38,6 +39,9 @@ class Interrupt:
             self.requested = True
             console.print("stopping at the next boundary; once more to stop at once")
 
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread may set handlers
+            return
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import queue
@@ -38,9 +39,10 @@ def _load_file(path: Path, reference: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"tercet_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as import does: dataclasses, for one, look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TercetError(f"function {reference!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
@@ -49,8 +51,10 @@ def _load_module(name: str, reference: str) -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise TercetError(f"function {reference!r}: the module {name} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise TercetError(
+            f"function {reference!r}: the module {name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     finally:
         sys.path.pop(0)
 
@@ -70,7 +74,7 @@ class FunctionScorer:
     def score(self, sequences: Sequences, texts: Texts) -> Tensor:
         names = sorted({key for row in texts.fields for key in row})
         fields = {key: [row.get(key) for row in texts.fields] for key in names}
-        prompts = [text if isinstance(text, str) else [vars(turn) for turn in text] for text in texts.prompts]
+        prompts = [text if isinstance(text, str) else [dict(vars(turn)) for turn in text] for text in texts.prompts]
         values = self._call(prompts, list(texts.responses), fields)
         return check_finite(torch.tensor(self._checked(values, len(texts.responses)), dtype=torch.float32), texts, self._name)
 
@@ -80,7 +84,7 @@ class FunctionScorer:
         def run() -> None:
             try:
                 results.put((True, self._function(prompts, responses, **fields)))
-            except Exception as error:
+            except BaseException as error:  # SystemExit, too, would leave the caller waiting
                 results.put((False, error))
 
         threading.Thread(target=run, daemon=True, name="reward function").start()
@@ -96,14 +100,17 @@ class FunctionScorer:
         return value
 
     def _checked(self, values: Any, count: int) -> list[float]:
-        if isinstance(values, Tensor):
+        if hasattr(values, "tolist"):  # tensors and arrays
             values = values.tolist()
         if not isinstance(values, list | tuple) or len(values) != count:
             found = f"{len(values)} values" if isinstance(values, list | tuple) else type(values).__name__
             raise TercetError(
                 f"the reward function {self._name} returned {found} for {count} responses: expected a list of {count} numbers"
             )
-        for value in values:
-            if isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise TercetError(f"the reward function {self._name} returned {value!r} among its scores: expected numbers")
-        return [float(value) for value in values]
+        return [self._number(value) for value in values]
+
+    def _number(self, value: Any) -> float:
+        if not isinstance(value, bool) and hasattr(value, "__float__"):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):  # an array, a huge integer, ...
+                return float(value)
+        raise TercetError(f"the reward function {self._name} returned {value!r} among its scores: expected numbers")

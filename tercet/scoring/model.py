@@ -38,7 +38,8 @@ class ClassifierScorer:
     """Any sequence-classification checkpoint with a tokenizer of its own, encoders included: sees text, not our ids.
 
     With several labels the logit of `label` (an id or a name) is the score. A conversation goes through the tokenizer's own chat
-    template; plain text is joined as it was for the policy.
+    template; plain text is joined as it was for the policy. Of a text beyond the model's positions the beginning is cut off,
+    because the response is what is scored. A `score_offset` in config.json (a reward model of Tercet's) is added.
     """
 
     def __init__(
@@ -59,24 +60,31 @@ class ClassifierScorer:
             self._batch_size = 1  # without a pad token a decoder's head finds the last token of a single text only
         else:
             model.config.pad_token_id = tokenizer.pad_token_id
+        self._offset = float(getattr(model.config, "score_offset", 0.0))
+        tokenizer.truncation_side = "left"
         longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
         self._max_length = longest if longest < 10**9 else None
 
     @torch.no_grad()
     def score(self, sequences: Sequences, texts: Texts) -> Tensor:
-        joined = [self._text(prompt, response) for prompt, response in zip(texts.prompts, texts.responses)]
-        scores = []
-        for start in range(0, len(joined), self._batch_size):
-            chunk = joined[start : start + self._batch_size]
-            batch = self._tokenizer(
-                chunk,
-                return_tensors="pt",
-                padding=len(chunk) > 1,
-                truncation=self._max_length is not None,
-                max_length=self._max_length,
-            ).to(self._model.device)
-            scores.append(self._model(**batch).logits[:, self._label].float())
+        encoded = [self._encode(prompt, response) for prompt, response in zip(texts.prompts, texts.responses)]
+        scores = [torch.zeros(0, device=self._model.device)]
+        for start in range(0, len(encoded), self._batch_size):
+            chunk = encoded[start : start + self._batch_size]
+            # On the right: pads on the left would shift the positions of a decoder that counts from the start.
+            batch = self._tokenizer.pad(chunk, padding=len(chunk) > 1, padding_side="right", return_tensors="pt")
+            logits = self._model(**batch.to(self._model.device)).logits
+            scores.append(logits[:, self._label].float() + self._offset)
         return check_finite(torch.cat(scores), texts, self._name)
+
+    def _encode(self, prompt: Text, response: str) -> Any:
+        # A chat template writes its own special tokens; the tokenizer would put a second BOS before them.
+        return self._tokenizer(
+            self._text(prompt, response),
+            add_special_tokens=isinstance(prompt, str),
+            truncation=self._max_length is not None,
+            max_length=self._max_length,
+        )
 
     def _text(self, prompt: Text, response: str) -> str:
         if isinstance(prompt, str):
@@ -85,7 +93,7 @@ class ClassifierScorer:
             raise TercetError(
                 f"{self._name}: the prompts are conversations but its tokenizer has no chat template to write them with"
             )
-        turns = [*(vars(turn) for turn in prompt), {"role": "assistant", "content": response}]
+        turns = [*(dict(vars(turn)) for turn in prompt), {"role": "assistant", "content": response}]
         return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
 
 

@@ -45,12 +45,12 @@ def train_ppo(
     value_optimizer = Optimizer(actors.value_model, weight_decay=0.0, max_grad_norm=config.max_grad_norm, world=run.world)
     controller = kl_controller(config.kl)
     reference_hash = weights_hash(actors.ref_policy)
-    state = _State(run, actors, policy_optimizer, value_optimizer, controller)
+    state = _State(run, config, actors, policy_optimizer, value_optimizer, controller)
     start, rollout, progress = state.restore()
     rollouts = JsonLines(run.folder / "rollouts.jsonl", "iteration")
     if run.world.is_main:
         rollouts.cut_after(start)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = (run.metrics.read() or [{}])[-1] if start else {}
     with Bar(run.name, config.iterations, done=start, silent=not run.world.is_main) as bar:
         for iteration in range(start, config.iterations):
             stopwatch = Stopwatch()
@@ -71,14 +71,8 @@ def train_ppo(
                 if iteration == 0:
                     check_first_rollout(rollout, run.machine.dtype, second_round=second_round)
             state.boundary(iteration, rollout, progress)
-            trainables = Trainables(
-                actors.policy,
-                actors.value_model,
-                policy_optimizer,
-                value_optimizer,
-                _rate(config, config.learning_rate, iteration) if iteration >= config.value_warmup_iterations else None,
-                _rate(config, config.value_learning_rate, iteration),
-            )
+            rates = _rates(config, iteration)
+            trainables = Trainables(actors.policy, actors.value_model, policy_optimizer, value_optimizer, *rates)
             with stopwatch.phase("update"):
                 update(
                     rollout.experience,
@@ -91,7 +85,8 @@ def train_ppo(
                     max_tokens=run.machine.microbatch_tokens,
                     boundary=functools.partial(state.after_step, iteration, rollout),
                 )
-            controller.update(rollout.metrics["kl"], config.rollout_batch_size)
+            if trainables.policy_learning_rate is not None:  # a policy that stands still says nothing about the coefficient
+                controller.update(rollout.metrics["kl"], config.rollout_batch_size)
 
             metrics = {"iteration": iteration + 1, **rollout.metrics, **progress.metrics()}
             metrics["learning_rate"] = trainables.policy_learning_rate or 0.0
@@ -131,10 +126,28 @@ def check_first_rollout(rollout: Rollout, dtype: torch.dtype, *, second_round: b
             "same model: load both from one checkpoint, with dropout 0; for a second round set ppo.policy"
         )
     gap, limit = rollout.metrics["sampler_logprob_gap"], 0.5 if dtype is torch.bfloat16 else 1e-4
-    if gap > limit:
+    if not gap <= limit:  # NaN is no agreement either
         raise TercetError(
             f"the generator's log-probabilities differ from the training forward's by up to {gap:.2g} nats (at most {limit:g} are "
             "explained by rounding): the model samples from another distribution than the one that is trained"
+        )
+
+
+def check_first_minibatch(progress: UpdateProgress, dtype: torch.dtype) -> None:
+    """After the first optimizer step of the first iteration that moves the policy: its forward was that of the rollout.
+
+    The loss was taken before the step, so each ratio is 1 up to rounding, approx_kl 0, and nothing is clipped. TercetError otherwise.
+    """
+    if (progress.steps, progress.skipped) != (1, 0):
+        return
+    limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)  # root mean square over tokens, in nats
+    ratio, approx_kl = (progress.sums[name] / progress.tokens for name in ("ratio", "approx_kl"))
+    clipped = progress.sums["clipped_ratio"] / progress.tokens
+    if abs(ratio - 1) > limit or approx_kl > limit**2 / 2 or clipped > limit / 10:
+        raise TercetError(
+            f"at the first minibatch of PPO new and old policy should be the same, but the mean ratio is {ratio:.6g} (1 wanted), approx_kl "
+            f"{approx_kl:.3g} (0 wanted; at most {limit**2 / 2:.1g} is explained by rounding) and {clipped:.1%} of the ratios are outside "
+            "the clip range: the model's forward is not repeatable; set its dropout to 0, or machine.dtype: float32"
         )
 
 
@@ -146,8 +159,13 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _rate(config: PPOConfig, base: float, iteration: int) -> float:
-    return learning_rate(iteration, config.iterations, base, config.schedule, config.warmup_iterations, min_ratio=0.1)
+def _rates(config: PPOConfig, iteration: int) -> tuple[float | None, float]:
+    """The learning rates of the policy, None while only the value model learns, and of the value model."""
+    policy, value = (
+        learning_rate(iteration, config.iterations, base, config.schedule, config.warmup_iterations, min_ratio=0.1)
+        for base in (config.learning_rate, config.value_learning_rate)
+    )
+    return (policy if iteration >= config.value_warmup_iterations else None), value
 
 
 def _stop_if_broken(metrics: dict[str, Any], run: StageRun) -> None:
@@ -162,9 +180,16 @@ class _State:
     """What resuming exactly needs: both models, both optimizers, the KL controller, and the phase of the iteration."""
 
     def __init__(
-        self, run: StageRun, actors: Actors, policy_optimizer: Optimizer, value_optimizer: Optimizer, controller: FixedKL
+        self,
+        run: StageRun,
+        config: PPOConfig,
+        actors: Actors,
+        policy_optimizer: Optimizer,
+        value_optimizer: Optimizer,
+        controller: FixedKL,
     ):
         self._run = run
+        self._first_policy_iteration = config.value_warmup_iterations
         self._modules: dict[str, nn.Module] = {"policy": actors.policy, "value_model": actors.value_model}
         self._optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
         self._controller = controller
@@ -191,6 +216,8 @@ class _State:
 
     def after_step(self, iteration: int, rollout: Rollout, progress: UpdateProgress) -> None:
         """After an optimizer step. Several ranks stop between iterations only: each holds rows of its own."""
+        if iteration == self._first_policy_iteration:
+            check_first_minibatch(progress, self._run.machine.dtype)
         if self._run.interrupt.requested and self._run.world.size == 1:
             self.save(iteration, rollout, progress)
             raise Interrupted

@@ -136,7 +136,8 @@ def collect(
         "distinct2": distinct_n([row for part in world.gather(tokens) for row in part], 2),
         "sampler_logprob_gap": max(world.gather(_sampler_gap(sequences, logprobs))),
     }
-    return Rollout(experience, metrics, _samples(iteration, texts, raw_scores, per_response["kl"], sequences))
+    samples = world.gather(_samples(iteration, texts, raw_scores, per_response["kl"], sequences))
+    return Rollout(experience, metrics, [samples[place % world.size][place // world.size] for place in range(len(batch))])
 
 
 @torch.no_grad()

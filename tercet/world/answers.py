@@ -21,33 +21,32 @@ from tercet.world.language import (
 class Quality:
     """Probabilities with which an answer has a property; `facts` are the weights of having 0, 1, 2 or 3 facts."""
 
-    off_topic: float = 0.05  # the whole answer is about another topic
-    careless: float = 0.22  # it mixes topics up: all facts are those of another one
-    pompous: float = 0.35  # each of its sentences is pompous with probability 0.6
+    off_topic: float = 0.005  # the whole answer is about another topic
+    careless: float = 0.02  # it mixes topics up: all facts are those of another one
+    pompous: float = 0.6  # each of its sentences with a fact is pompous with probability 0.5
     rude: float = 0.12
-    opener: float = 0.3
-    lovely: float = 0.2
-    closer: float = 0.25
+    opener: float = 0.2
+    lovely: float = 0.15
+    closer: float = 0.15
     gushing: float = 0.04  # one or two more kind sentences
-    definition: float = 0.88
-    facts: tuple[float, ...] = (0.1, 0.4, 0.4, 0.1)
-    example: float = 0.55
-    filler: float = 0.12
-    repeated: float = 0.03
-    cut: float = 0.0  # the text stops in the middle of its last sentence
+    definition: float = 0.75
+    facts: tuple[float, ...] = (0.2, 0.55, 0.25, 0.0)
+    example: float = 0.45
+    filler: float = 0.18
+    repeated: float = 0.02
+    cut: float = 0.0  # the text trails off in the middle of its last sentence
 
 
 MIXED = Quality()
 """Demonstrations: mixed, on the whole better than average, always finished."""
-POOR = Quality(0.1, 0.4, 0.5, 0.3, 0.15, 0.1, 0.1, 0.06, 0.7, (0.2, 0.4, 0.3, 0.1), 0.4, 0.35, 0.08, 0.15)
-GOOD = Quality(0.02, 0.1, 0.1, 0.02, 0.45, 0.3, 0.4, 0.03, 0.98, (0.0, 0.25, 0.6, 0.15), 0.85, 0.04, 0.01, 0.01)
+POOR = Quality(0.02, 0.04, 0.8, 0.3, 0.15, 0.1, 0.1, 0.06, 0.7, (0.25, 0.5, 0.25, 0.0), 0.4, 0.3, 0.05, 0.15)
+GOOD = Quality(0.0, 0.01, 0.15, 0.02, 0.45, 0.3, 0.4, 0.03, 0.98, (0.1, 0.6, 0.3, 0.0), 0.85, 0.04, 0.01, 0.01)
 LABELLED = ((replace(MIXED, cut=0.04), 0.5), (POOR, 0.2), (GOOD, 0.3))
 """What the annotator sees, with weights: wider than the demonstrations, so that it covers what PPO's policy will write."""
-SHEET = Quality(0, 0, 0.1, 0.02, 0.1, 0.1, 0.1, 0.0, 1.0, (0, 0, 0, 1), 1.0, 0.0, 0.0, 0.0)
-PRETRAINING = ((replace(MIXED, cut=0.02), 0.4), (POOR, 0.1), (GOOD, 0.15), (SHEET, 0.35))
-"""Text for a model from scratch; a third of it says all that there is to say about a topic, so that facts are learned early."""
+PRETRAINING = ((replace(MIXED, cut=0.02), 0.6), (POOR, 0.15), (GOOD, 0.25))
+"""Text for a model from scratch: everything that the annotator will see, without a word on what it is worth."""
 
-MOST_WORDS = 34
+MOST_WORDS = 32
 """No answer of the grammar is longer: about 40 tokens with its punctuation."""
 
 Mixture = tuple[tuple[Quality, float], ...]
@@ -82,11 +81,11 @@ def _sentences(rng: Random, topic: Topic, quality: Quality) -> list[str]:
     pompous = rng.random() < quality.pompous
 
     def say(slot: str) -> str:
-        style = "pompous" if pompous and rng.random() < 0.6 else "simple"
+        style = "pompous" if pompous and rng.random() < 0.5 else "simple"
         if slot == "category" and style == "simple" and rng.random() < quality.lovely:
             style = "lovely"
         form = rng.choice(FORMS[slot][style])
-        return form.format(topic=topic.name, **{slot: facts[slot]})
+        return form.format(topic=topic.name, **{slot: rng.choice(facts[slot])})
 
     body = rng.sample(["place", "look", "deed"], rng.choices(range(4), quality.facts)[0])
     if rng.random() < quality.example or not body:
@@ -110,7 +109,7 @@ def write_answer(rng: Random, topic: Topic, quality: Quality) -> str:
     if rng.random() < quality.cut:
         pieces = text.split()
         keep = len(pieces) - rng.randint(1, max(1, len(sentences[-1].split()) - 1))
-        text = " ".join(pieces[: max(1, keep)]).rstrip(".,")
+        text = " ".join(pieces[: max(1, keep)]).rstrip(".,") + " ..."
     return text
 
 

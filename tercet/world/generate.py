@@ -12,7 +12,6 @@ from typing import Any
 
 from tercet.world.annotator import Annotator
 from tercet.world.answers import LABELLED, MIXED, PRETRAINING, write_answer, write_from
-from tercet.world.gold import remarks
 from tercet.world.language import PROMPT_FORMS, TOPICS, Topic
 
 Ask = tuple[str, Topic]
@@ -20,16 +19,16 @@ Ask = tuple[str, Topic]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Records a file; the numbers of prompts are upper limits, since there are 15 forms x 72 topics."""
+    """Records a file; the numbers of prompts are upper limits, since there are 15 forms x 48 topics."""
 
-    pretrain: int = 26_000
-    demonstrations: int = 3_000
-    comparisons: int = 12_000
+    pretrain: int = 12_000
+    demonstrations: int = 2_400
+    comparisons: int = 16_000
     rankings: int = 500
-    eval_known: int = 2_600
+    eval_known: int = 2_500
     eval_new: int = 400
-    eval_prompts_known: int = 200
-    eval_prompts_new: int = 60
+    eval_prompts_known: int = 160
+    eval_prompts_new: int = 40
 
 
 def prompts(seed: int) -> dict[str, list[Ask]]:
@@ -58,12 +57,6 @@ def _pairs(rng: Random, annotator: Annotator, asks: list[Ask], count: int) -> It
             count -= 1
 
 
-def _pretraining_text(rng: Random, prompt: str, topic: Topic) -> dict[str, str]:
-    """A prompt and an answer; half of them with readers' remarks, so that a model learns what can be told of an answer."""
-    response = write_from(rng, topic, PRETRAINING)
-    return {"text": f"{prompt} {response}" + (f" {remarks(prompt, response)}" if rng.random() < 0.5 else "")}
-
-
 def _rankings(rng: Random, annotator: Annotator, asks: list[Ask], count: int) -> Iterator[dict[str, Any]]:
     for _ in range(count):
         prompt, topic = rng.choice(asks)
@@ -90,8 +83,9 @@ def generate(folder: str | Path, seed: int = 0, sizes: Sizes | None = None) -> d
 
     Training: pretrain.jsonl {text}, demonstrations.jsonl {prompt, response}, comparisons.jsonl {prompt, chosen, rejected},
     rankings.jsonl {prompt, responses, ranks}, prompts.jsonl {prompt, topic}. Held out: eval_comparisons.jsonl {prompt, chosen,
-    rejected, p, group}, where p is the annotator's probability of the recorded choice, and eval_prompts.jsonl {prompt, topic,
-    group}; group is "known" (a new prompt about a topic of training) or "new" (a topic that no training file names).
+    rejected, p} on new prompts about topics of training, where p is the annotator's probability of the recorded choice;
+    eval_comparisons_new.jsonl, the same on topics that no training file names; and eval_prompts.jsonl {prompt, topic, group},
+    where group is "known" or "new" in this sense.
     world.json: seed, sizes, the annotator's settings, and the ceiling of agreement on each set of pairs.
     """
     sizes = sizes or Sizes()
@@ -104,7 +98,7 @@ def generate(folder: str | Path, seed: int = 0, sizes: Sizes | None = None) -> d
 
     rng = streams["pretrain"]
     drawn = (rng.choice(train) for _ in range(sizes.pretrain))
-    _write(folder / "pretrain.jsonl", (_pretraining_text(rng, prompt, topic) for prompt, topic in drawn))
+    _write(folder / "pretrain.jsonl", ({"text": f"{prompt} {write_from(rng, topic, PRETRAINING)}"} for prompt, topic in drawn))
 
     rng = streams["demonstrations"]
     drawn = (rng.choice(train) for _ in range(sizes.demonstrations))
@@ -119,8 +113,8 @@ def generate(folder: str | Path, seed: int = 0, sizes: Sizes | None = None) -> d
     rng = streams["eval"]
     known = list(_pairs(rng, annotator, asks["known"], sizes.eval_known))
     new = list(_pairs(rng, annotator, asks["new"], sizes.eval_new))
-    groups = [pair | {"group": "known"} for pair in known] + [pair | {"group": "new"} for pair in new]
-    _write(folder / "eval_comparisons.jsonl", groups)
+    _write(folder / "eval_comparisons.jsonl", known)
+    _write(folder / "eval_comparisons_new.jsonl", new)
     held = _ask_records(rng, asks["known"], sizes.eval_prompts_known, "known")
     held += _ask_records(rng, asks["new"], sizes.eval_prompts_new, "new")
     _write(folder / "eval_prompts.jsonl", held)

@@ -2,20 +2,20 @@
 
 | feature | points |
 |---|---|
-| about | +0.4 if the topic asked about is named in a definition; -0.8 for each other topic named (at most 2) |
-| right_facts | +0.3 for each different right fact about the topic, category included, at most 4 |
-| wrong_facts | -0.4 for each wrong fact, at most 4 |
-| complete | +0.6 if there are a definition, a fact and an example |
-| kind | hump over the number of kind words: 0, 0.6, 0.8, 0.3, -0.4, then -0.7 for each further one, at least -4 |
-| rude | -0.9 for each rude word, at most 2 |
+| about | +0.4 if a sentence with a fact names the topic asked about; -1 for each other topic named (at most 2) |
+| right_facts | +0.15 for each different right fact about the topic, category included, at most 4 |
+| wrong_facts | -0.25 for each wrong fact, at most 4 |
+| complete | +0.35 for a definition, +0.35 for an example |
+| kind | hump over the number of kind words: 0, 0.7, 0.9, 0.3, -0.4, then -0.7 for each further one, at least -4 |
+| rude | -0.8 for each rude word, at most 2 |
 | pompous | -0.45 for each pompous word, at most 4 |
-| length | -0.12 for each word over 24, at least -4; -0.15 for each word under 8 |
-| repeated | -0.8 for each sentence, or fact, that has been said before, at most 4 |
-| finished | -1 if the text does not end with ".", "!" or "?" |
+| length | -0.07 for each word over 12, at least -4; -0.15 for each word under 8 |
+| repeated | -0.5 for each sentence, or fact, that has been said before, at most 4 |
+| finished | -1.5 if the text does not end with ".", "!" or "?", or trails off with "..." |
 | junk | -0.4 for each finished sentence that the language does not allow, at most 4; -0.1 for each word outside it, at most 10 |
 
-The sum is moved and scaled (OFFSET, SCALE) so that demonstrations score about mean 0 and standard deviation 1. Facts of a
-definition that names another topic count against the topic asked about like all others.
+The sum is moved and scaled (OFFSET, SCALE) so that demonstrations score about mean 0 and standard deviation 1. Facts in a
+sentence that names another topic count against the topic asked about like all others.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from tercet.world.language import (
     words,
 )
 
-OFFSET = 0.6
-SCALE = 0.8
-KIND_POINTS = (0.0, 0.6, 0.8, 0.3, -0.4)
-LONGEST, SHORTEST = 24, 8
+OFFSET = 0.4
+SCALE = 1.3
+KIND_POINTS = (0.0, 0.7, 0.9, 0.3, -0.4)
+LONGEST, SHORTEST = 12, 8
 
 
 def _kind_points(count: int) -> float:
@@ -50,14 +50,14 @@ def _kind_points(count: int) -> float:
 
 
 def _length_points(count: int) -> float:
-    return max(-4.0, -0.12 * max(0, count - LONGEST)) - 0.15 * max(0, SHORTEST - count)
+    return max(-4.0, -0.07 * max(0, count - LONGEST)) - 0.15 * max(0, SHORTEST - count)
 
 
 def _fact_points(topic: Topic | None, parsed: Sequence[Sentence]) -> tuple[float, float]:
     said = [(sentence.kind, sentence.value) for sentence in parsed if sentence.value]
-    right = {fact for fact in said if topic is not None and topic.facts[fact[0]] == fact[1]}
+    right = {fact for fact in said if topic is not None and fact[1] in topic.facts[fact[0]]}
     wrong = sum(fact not in right for fact in said)
-    return 0.3 * min(4, len(right)), -0.4 * min(4, wrong)
+    return 0.15 * min(4, len(right)), -0.25 * min(4, wrong)
 
 
 def _repeats(pieces: Sequence[str], parsed: Sequence[Sentence]) -> int:
@@ -75,7 +75,7 @@ def gold_features(prompt: str, response: str) -> dict[str, float]:
     """Points by feature, before OFFSET and SCALE; the table at the top of this file says what each is. Any two texts will do."""
     topic = topic_of(prompt)
     said = words(response)
-    *pieces, rest = re.split(r"[.!?]+", response)
+    *pieces, rest = re.split(r"[.!?]+", re.sub(r"\.\.+\s*$", "", response))
     pieces = [piece for piece in pieces if words(piece)]
     parsed = [parse_sentence(piece) for piece in pieces]
     kinds = {sentence.kind for sentence in parsed}
@@ -83,37 +83,20 @@ def gold_features(prompt: str, response: str) -> dict[str, float]:
     defined = {sentence.topic for sentence in parsed if sentence.topic}
     asked = "" if topic is None else topic.key
     right, wrong = _fact_points(topic, parsed)
-    complete = "category" in kinds and "thing" in kinds and bool(kinds & {"place", "look", "deed"})
     junk = sum(sentence.kind == "junk" for sentence in parsed)
     return {
-        "about": 0.4 * (asked in defined) - 0.8 * min(2, len(named - {asked})),
+        "about": 0.4 * (asked in defined) - 1.0 * min(2, len(named - {asked})),
         "right_facts": right,
         "wrong_facts": wrong,
-        "complete": 0.6 * complete,
+        "complete": 0.35 * ("category" in kinds) + 0.35 * ("thing" in kinds),
         "kind": _kind_points(sum(word in KIND_WORDS for word in said)),
-        "rude": -0.9 * min(2, sum(word in RUDE_WORDS for word in said)),
+        "rude": -0.8 * min(2, sum(word in RUDE_WORDS for word in said)),
         "pompous": -0.45 * min(4, sum(word in POMPOUS_WORDS for word in said)),
         "length": _length_points(len(said)),
-        "repeated": -0.8 * min(4, _repeats(pieces, parsed)),
-        "finished": 0.0 if pieces and not rest.strip() else -1.0,
+        "repeated": -0.5 * min(4, _repeats(pieces, parsed)),
+        "finished": 0.0 if pieces and not rest.strip() else -1.5,
         "junk": -0.4 * min(4, junk) - 0.1 * min(10, sum(word not in vocabulary() for word in said)),
     }
-
-
-def remarks(prompt: str, response: str) -> str:
-    """Readers' remarks, for pretraining text: a word each on truth, completeness, warmth, manners, words and length."""
-    points = gold_features(prompt, response)
-    warmth = "cool" if points["kind"] == 0 else "kind" if points["kind"] in KIND_POINTS[1:3] else "sticky"
-    words_used = "simple" if points["pompous"] == 0 else "stiff" if points["pompous"] > -0.5 else "heavy"
-    said = [
-        "false" if points["wrong_facts"] < 0 or points["about"] < 0 else "true",
-        "whole" if points["complete"] else "partial",
-        warmth,
-        "rude" if points["rude"] < 0 else "polite",
-        words_used,
-        "right" if points["length"] == 0 else "tedious",
-    ]
-    return f"Readers say: {' '.join(said)}."
 
 
 def gold_score(prompt: str, response: str) -> float:

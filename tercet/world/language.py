@@ -10,110 +10,87 @@ import functools
 import re
 from dataclasses import dataclass
 
-PLACES = {
-    "sky": "in the sky",
-    "home": "at home",
-    "garden": "in the garden",
-    "woods": "in the woods",
-    "sea": "by the sea",
-    "kitchen": "in the kitchen",
-    "heart": "in your heart",
-    "farm": "on the farm",
-    "school": "at school",
-    "town": "in the town",
-}
-DEEDS = {
-    "grow": "helps the plants grow",
-    "laugh": "makes people laugh",
-    "cry": "makes people cry",
-    "safe": "keeps us safe",
-    "warm": "keeps us warm",
-    "eat": "gives us something to eat",
-    "run": "likes to run",
-    "sing": "likes to sing",
-    "sleep": "helps us sleep",
-    "learn": "helps us learn",
-    "leaves": "moves the leaves",
-    "clean": "keeps things clean",
-    "play": "makes us want to play",
-    "work": "helps us at work",
-}
-LOOKS = ("wet", "warm", "cold", "soft", "bright", "dark", "loud", "quiet", "sweet", "small", "big", "round")
-THINGS = {
-    "umbrella": "an umbrella",
-    "party": "a party",
-    "hug": "a hug",
-    "picnic": "a picnic",
-    "nest": "a nest",
-    "lamp": "a lamp",
-    "breakfast": "a breakfast",
-    "walk": "a long walk",
-    "story": "a good story",
-    "holiday": "a holiday",
-    "blanket": "a blanket",
-    "boat": "a boat",
-    "puddle": "a puddle",
-    "basket": "a basket",
-    "birthday": "a birthday",
-    "market": "a market",
-}
-
-# topic: place, look, deed, thing. An asterisk marks a new topic: one that no training file mentions.
+# category: known topics, a colon and new ones (that no training file mentions); then what is true of all of them.
 _TABLE = {
-    "weather": """
-        rain: sky wet grow umbrella          snow: garden cold play blanket       wind: sky loud leaves boat
-        sunshine: sky warm warm picnic       a storm: sea dark leaves umbrella        thunder: sky loud cry story
-        frost: garden cold clean walk        hail*: garden small cry umbrella     fog*: sea quiet sleep lamp""",
-    "feeling": """
-        happiness: heart warm laugh party    sadness: heart cold cry hug          anger: heart loud cry walk
-        fear: woods dark run blanket         love: heart soft safe hug            hope: heart bright work story
-        joy: home bright laugh birthday      surprise: school big laugh birthday  pride*: school big work party""",
-    "animal": """
-        a cat: home soft sleep blanket       a dog: home loud run walk            a cow: farm big eat market
-        a horse: farm big run holiday        a bird: woods small sing nest        a fish: sea cold eat boat
-        a bee: garden small work basket      an owl*: woods quiet sing nest       a frog*: garden wet sing puddle""",
-    "food": """
-        bread: kitchen warm eat breakfast    honey: garden sweet eat basket       soup: kitchen warm warm blanket
-        milk: farm cold grow breakfast       cheese: farm round eat market        rice: kitchen small eat party
-        an apple: garden round eat basket    cake: kitchen sweet laugh birthday   butter*: kitchen soft eat breakfast""",
-    "plant": """
-        grass: garden soft play picnic       a tree: woods big safe nest          a rose: garden sweet laugh birthday
-        corn: farm small eat market          ivy: town dark grow walk             a tulip: garden bright laugh basket
-        wheat: farm warm eat basket          a fern*: woods soft grow walk        moss*: woods wet sleep puddle""",
-    "tool": """
-        a hammer: home loud work lamp        a spoon: kitchen round eat breakfast a broom: home quiet clean market
-        a key: town small safe lamp          a pencil: school small learn story   a clock: school round sleep lamp
-        soap: home soft clean puddle         a needle: home bright work basket    a shovel*: farm big work picnic""",
-    "toy": """
-        a ball: school round play picnic     a doll: home soft sleep hug          a kite: sky bright play holiday
-        a puzzle: home small learn story     a drum: school loud sing party       a balloon: sky round laugh birthday
-        a robot: school bright work lamp     a puppet*: town small laugh story    a swing*: garden big play holiday""",
-    "place": """
-        a river: woods wet clean puddle        a hill: farm big run walk            a beach: sea warm play holiday
-        a lake: woods cold sing boat         a park: town quiet run picnic        a bridge: town dark safe boat
-        an island: sea small sleep holiday   a library: town quiet learn story    a cave*: sea dark safe lamp""",
+    "weather": {
+        "topics": "rain, snow, wind, sunshine, a storm: fog",
+        "place": "in the sky, outside the window",
+        "look": "fresh, wild",
+        "deed": "moves the leaves, makes the day warm or cold",
+        "thing": "an umbrella, a cloud, a warm coat",
+    },
+    "feeling": {
+        "topics": "happiness, sadness, anger, fear, love: pride",
+        "place": "in your heart, in a song",
+        "look": "deep, strong",
+        "deed": "makes people laugh or cry, comes and goes",
+        "thing": "a hug, a smile, a tear",
+    },
+    "animal": {
+        "topics": "a cat, a dog, a cow, a horse, a bird: an owl",
+        "place": "on the farm, in the woods",
+        "look": "shy, hungry",
+        "deed": "likes to run, needs to sleep",
+        "thing": "a tail, a nest, a soft ear",
+    },
+    "food": {
+        "topics": "bread, honey, soup, cheese, cake: butter",
+        "place": "in the kitchen, on the table",
+        "look": "sweet, tasty",
+        "deed": "gives us something to eat, makes us strong",
+        "thing": "a breakfast, a plate, a picnic",
+    },
+    "plant": {
+        "topics": "grass, a tree, a rose, corn, ivy: moss",
+        "place": "in the garden, in the woods",
+        "look": "green, fresh",
+        "deed": "grows from a seed, needs the sun",
+        "thing": "a leaf, a root, a basket of seeds",
+    },
+    "tool": {
+        "topics": "a hammer, a spoon, a broom, a needle, a key: a shovel",
+        "place": "at work, in the kitchen",
+        "look": "useful, strong",
+        "deed": "helps us at work, keeps things in order",
+        "thing": "a nail, a repair, a clean floor",
+    },
+    "toy": {
+        "topics": "a ball, a doll, a kite, a puzzle, a drum: a puppet",
+        "place": "at school, at a party",
+        "look": "funny, bright",
+        "deed": "makes us want to play, makes children happy",
+        "thing": "a game, a birthday, a present",
+    },
+    "place": {
+        "topics": "a river, a hill, a beach, a lake, a park: a cave",
+        "place": "on the map, near the town",
+        "look": "wide, wild",
+        "deed": "is good for a visit, makes us want to play",
+        "thing": "a long walk, a holiday, a boat",
+    },
 }
 CATEGORIES = tuple(_TABLE)
+FACTS = ("category", "place", "look", "deed", "thing")
+"""The kinds of fact; all but the category hold for every topic of a category, so a tiny model can learn them."""
 
 
 @dataclass(frozen=True)
 class Topic:
-    """`name` with its article ("a cat"), `key` the word that stands for it ("cat"), `facts` slot -> the right phrase."""
+    """`name` with its article ("a cat"), `key` the word that stands for it ("cat"), `facts` kind -> the right phrases."""
 
     name: str
     key: str
     new: bool
-    facts: dict[str, str]
+    facts: dict[str, tuple[str, ...]]
 
 
 def _read_topics() -> dict[str, Topic]:
     topics = {}
-    for category, rows in _TABLE.items():
-        for name, star, place, look, deed, thing in re.findall(r"((?:an? )?\w+)(\*?): (\w+) (\w+) (\w+) (\w+)", rows):
-            key = name.split()[-1]
-            facts = {"category": category, "place": PLACES[place], "look": look, "deed": DEEDS[deed], "thing": THINGS[thing]}
-            assert look in LOOKS and key not in topics
-            topics[key] = Topic(name, key, bool(star), facts)
+    for category, row in _TABLE.items():
+        facts = {"category": (category,)} | {slot: tuple(row[slot].split(", ")) for slot in FACTS[1:]}
+        for names, new in zip(row["topics"].split(": "), (False, True), strict=True):
+            for name in names.split(", "):
+                topics[name.split()[-1]] = Topic(name, name.split()[-1], new, facts)
     return topics
 
 
@@ -121,13 +98,9 @@ TOPICS = _read_topics()
 """All topics by key, known and new."""
 
 SLOTS: dict[str, tuple[str, ...]] = {
-    "category": CATEGORIES,
-    "place": tuple(PLACES.values()),
-    "look": LOOKS,
-    "deed": tuple(DEEDS.values()),
-    "thing": tuple(THINGS.values()),
+    slot: tuple(sorted({value for topic in TOPICS.values() for value in topic.facts[slot]})) for slot in FACTS
 }
-"""The phrases that each kind of fact can take; topics share them."""
+"""The phrases that each kind of fact can take; some are shared by categories."""
 
 PROMPT_FORMS = (
     "Explain {topic} to a child.",
@@ -147,35 +120,33 @@ PROMPT_FORMS = (
     "I want to read about {topic}.",
 )
 
-# Sentence forms by (kind of fact, style), short so that a text of a given length says much.
-FORMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "category": {
-        "simple": (
-            "{topic} is a kind of {category}",
-            "{topic} is a sort of {category}",
-            "we call {topic} a kind of {category}",
-            "we know {topic} as a sort of {category}",
-        ),
-        "lovely": ("{topic} is a lovely kind of {category}", "{topic} is a lovely sort of {category}"),
-        "pompous": ("{topic} constitutes a form of {category}", "indeed, {topic} denotes a form of {category}"),
-    },
-    "place": {
-        "simple": ("you find it {place}", "look for it {place}", "you can see it {place}", "it is often {place}"),
-        "pompous": ("one encounters it {place}", "it resides {place}"),
-    },
-    "look": {
-        "simple": ("it is {look}", "it feels {look}", "people think it is {look}", "it can be {look}"),
-        "pompous": ("it appears {look}", "indeed, it is {look}"),
-    },
-    "deed": {
-        "simple": ("it {deed}", "every day it {deed}", "we like that it {deed}", "it often {deed}"),
-        "pompous": ("hence it {deed}", "indeed, it {deed}"),
-    },
-    "thing": {
-        "simple": ("for example, think of {thing}", "you know it from {thing}", "just think of {thing}", "it goes with {thing}"),
-        "pompous": ("one may contemplate {thing}", "it evokes {thing}"),
-    },
+# Plain sentence forms by kind of fact, short so that a text of a given length says much. None begins with the topic, whose word
+# thus never has a capital: one word is one token, the same in a prompt and in an answer.
+_SIMPLE = {
+    "category": (
+        "we call {topic} a kind of {category}",
+        "we know {topic} as a sort of {category}",
+        "you see, {topic} is a kind of {category}",
+        "of course {topic} is a sort of {category}",
+    ),
+    "place": ("you find {topic} {place}", "look for {topic} {place}", "you can see it {place}", "it is often {place}"),
+    "look": ("it is {look}", "people think {topic} is {look}", "it can be {look}", "we find {topic} {look}"),
+    "deed": ("it {deed}", "every day {topic} {deed}", "we like that {topic} {deed}", "it often {deed}"),
+    "thing": (
+        "for example, think of {thing}",
+        "you know {topic} from {thing}",
+        "just think of {thing}",
+        "with {topic} goes {thing}",
+    ),
 }
+POMPOUS_OPENINGS = ("indeed,", "hence", "verily,", "thus")
+
+# Sentence forms by (kind of fact, style).
+FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    kind: {"simple": forms, "pompous": tuple(f"{opening} {form}" for opening in POMPOUS_OPENINGS for form in forms)}
+    for kind, forms in _SIMPLE.items()
+}
+FORMS["category"]["lovely"] = ("we call {topic} a lovely kind of {category}", "you see, {topic} is a lovely sort of {category}")
 KIND_OPENERS = ("thanks for asking", "hello dear", "hello my friend", "I gladly tell you")
 KIND_CLOSERS = ("enjoy it", "have a lovely day", "ask me again, dear", "come back soon, my friend")
 PLAIN_OPENERS = ("here is the answer", "let us see", "that is easy")
@@ -184,9 +155,7 @@ FILLERS = ("that is how it is", "there is more to say", "people talk about it", 
 
 KIND_WORDS = frozenset({"thanks", "dear", "friend", "gladly", "enjoy", "lovely"})
 RUDE_WORDS = frozenset({"silly", "boring", "dull", "useless"})
-POMPOUS_WORDS = frozenset(
-    ["constitutes", "indeed", "denotes", "encounters", "resides", "appears", "hence", "contemplate", "evokes"]
-)
+POMPOUS_WORDS = frozenset(opening.strip(",") for opening in POMPOUS_OPENINGS)
 
 
 def words(text: str) -> list[str]:
@@ -227,7 +196,7 @@ def vocabulary() -> frozenset[str]:
 class Sentence:
     """What a sentence says. `kind`: a slot of SLOTS, "plain" for one without a fact, "junk" for one that no form allows.
 
-    `topic` is the key of the topic that a definition names, else ""; `value` the phrase in the slot, else "".
+    `topic` is the key of the topic that the sentence names, else ""; `value` the phrase in the slot, else "".
     """
 
     kind: str

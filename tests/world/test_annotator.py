@@ -11,9 +11,9 @@ from tercet.world import Annotator, gold_score
 from tercet.world.annotator import sigmoid
 
 PROMPT = "What is rain?"
-BEST = "Rain is a kind of weather. It is wet. For example, think of an umbrella."
-LESS = "Rain is a kind of weather. It is warm. For example, think of an umbrella."
-TWIN = "Rain is a sort of weather. It feels wet. Just think of an umbrella."
+BEST = "We call rain a kind of weather. It is wild. For example, think of an umbrella."
+LESS = "We call rain a kind of weather. It is hungry. For example, think of an umbrella."
+TWIN = "You see, rain is a kind of weather. It is wild. Just think of an umbrella."
 TEXTS = (BEST, LESS, TWIN)
 
 

@@ -20,16 +20,16 @@ from tercet.world.language import (
 )
 
 
-def test_sixty_known_and_twelve_new_topics_with_their_own_words() -> None:
-    assert sum(not topic.new for topic in TOPICS.values()) == 60
-    assert sum(topic.new for topic in TOPICS.values()) == 12
+def test_forty_known_and_eight_new_topics_with_their_own_words() -> None:
+    assert sum(not topic.new for topic in TOPICS.values()) == 40
+    assert sum(topic.new for topic in TOPICS.values()) == 8
     assert TOPICS["cat"].name == "a cat"
     expected = {
-        "category": "weather",
-        "place": "in the sky",
-        "look": "wet",
-        "deed": "helps the plants grow",
-        "thing": "an umbrella",
+        "category": ("weather",),
+        "place": ("in the sky", "outside the window"),
+        "look": ("fresh", "wild"),
+        "deed": ("moves the leaves", "makes the day warm or cold"),
+        "thing": ("an umbrella", "a cloud", "a warm coat"),
     }
     assert TOPICS["rain"].facts == expected
     texts = [form for styles in FORMS.values() for forms in styles.values() for form in forms] + list(PROMPT_FORMS)
@@ -37,12 +37,19 @@ def test_sixty_known_and_twelve_new_topics_with_their_own_words() -> None:
     assert not {word for text in texts + values for word in words(text)} & (set(TOPICS) - {"topic"})
 
 
-def test_facts_are_shared_between_topics_but_tell_topics_apart() -> None:
-    known = [topic for topic in TOPICS.values() if not topic.new]
-    for slot, values in SLOTS.items():
-        users = {value: sum(topic.facts[slot] == value for topic in known) for value in values}
-        assert min(users.values()) >= 2, (slot, users)
-    assert len({tuple(topic.facts.values()) for topic in TOPICS.values()}) == len(TOPICS)
+def test_facts_hold_for_a_whole_category_and_tell_categories_apart() -> None:
+    by_category: dict[str, set[tuple[tuple[str, ...], ...]]] = {}
+    for topic in TOPICS.values():
+        by_category.setdefault(topic.facts["category"][0], set()).add(tuple(topic.facts.values()))
+    assert all(len(facts) == 1 for facts in by_category.values())
+    assert sum(not topic.new for topic in TOPICS.values() if topic.facts["category"] == ("weather",)) == 5
+    for slot in SLOTS:
+        assert len({topic.facts[slot] for topic in TOPICS.values()}) == 8  # never the same set of phrases
+
+
+def test_no_sentence_begins_with_the_topic() -> None:
+    # its word would get a capital there, and another token than in the prompt
+    assert not [form for styles in FORMS.values() for forms in styles.values() for form in forms if form.startswith("{")]
 
 
 @pytest.mark.parametrize("slot", FORMS)
@@ -50,9 +57,9 @@ def test_every_form_reads_back_as_what_it_says(slot: str) -> None:
     topic = TOPICS["owl"]
     for style, forms in FORMS[slot].items():
         for form in forms:
-            text = form.format(topic=topic.name, **{slot: topic.facts[slot]})
+            text = form.format(topic=topic.name, **{slot: topic.facts[slot][0]})
             named = "owl" if "{topic}" in form else ""
-            assert parse_sentence(text[0].upper() + text[1:]) == Sentence(slot, named, topic.facts[slot])
+            assert parse_sentence(text[0].upper() + text[1:]) == Sentence(slot, named, topic.facts[slot][0])
             assert bool(set(words(text)) & POMPOUS_WORDS) == (style == "pompous")
             assert (set(words(text)) & KIND_WORDS == {"lovely"}) == (style == "lovely")
 
@@ -60,7 +67,7 @@ def test_every_form_reads_back_as_what_it_says(slot: str) -> None:
 def test_other_sentences_are_plain_or_junk() -> None:
     assert parse_sentence("Ask me again, dear") == Sentence("plain")
     assert parse_sentence("Rain wet sky") == Sentence("junk")
-    assert parse_sentence("It is a kind of weather, rain") == Sentence("junk")
+    assert parse_sentence("we call it weather, rain") == Sentence("junk")
 
 
 def test_topic_of_every_prompt() -> None:

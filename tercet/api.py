@@ -1,0 +1,71 @@
+"""The Python API: each stage as a function, with models and reward functions as objects where one has them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tercet.config import Config, load_config
+from tercet.errors import TercetError
+from tercet.fingerprint import digest
+from tercet.pipeline import Pipeline, RunResult
+
+
+def run(config: Any, *, model: Any = None, tokenizer: Any = None, reward: Callable[..., list[float]] | None = None) -> RunResult:
+    """All stages. `config`: a YAML file, a mapping or a Config; `model` and `tokenizer`: objects to start from, in place of
+    model.name; `reward`: a function(prompts, responses, **fields) -> list[float] in place of ppo.rewards."""
+    return _pipeline(config, model, tokenizer, reward).run()
+
+
+def train_sft(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:
+    """Stage 1 alone (after pretraining, where the model is from scratch)."""
+    pipeline = _pipeline(config, model, tokenizer, None)
+    return pipeline.run([stage for stage in ("pretrain", "sft") if stage in pipeline.stages()])
+
+
+def train_reward(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:
+    """Stage 2 alone."""
+    return _pipeline(config, model, tokenizer, None).run(["reward"])
+
+
+def train_ppo(
+    config: Any, *, model: Any = None, tokenizer: Any = None, reward: Callable[..., list[float]] | None = None
+) -> RunResult:
+    """Stage 3 alone; `reward` as in `run`."""
+    return _pipeline(config, model, tokenizer, reward).run(["ppo"])
+
+
+def evaluate(
+    config: Any, *, model: Any = None, tokenizer: Any = None, reward: Callable[..., list[float]] | None = None
+) -> RunResult:
+    """Evaluation and report alone; `reward` as in `run`."""
+    return _pipeline(config, model, tokenizer, reward).run(["evaluate"])
+
+
+def _pipeline(config: Any, model: Any, tokenizer: Any, reward: Callable[..., list[float]] | None) -> Pipeline:
+    if model is not None:
+        values = config.model_dump() if isinstance(config, Config) else config
+        if tokenizer is None or not isinstance(values, Mapping):
+            raise TercetError(
+                "model= needs tokenizer= as well, and a configuration given as a mapping or a Config, not as a file"
+            )
+        folder = _saved(model, tokenizer, Path(values.get("output", "run")).resolve())
+        config = {**values, "model": {**values.get("model", {}), "name": str(folder)}}
+    loaded = load_config(config)
+    if reward is None:
+        return Pipeline(loaded)
+    return Pipeline(loaded.model_copy(update={"ppo": loaded.ppo.model_copy(update={"rewards": []})}), [reward])
+
+
+def _saved(model: Any, tokenizer: Any, output: Path) -> Path:
+    """Write loaded objects to a folder named after their contents, so that another model is seen to be another."""
+    temporary = output / ".base.writing"
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in temporary.iterdir()}
+    final = output / f"base-{digest(contents)[:12]}"
+    shutil.rmtree(final, ignore_errors=True)
+    return temporary.rename(final)

@@ -1,0 +1,6 @@
+"""The one exception that a user's mistake ends in; apart from types.py so that the command line starts without torch."""
+
+
+class TercetError(Exception):
+    """A mistake in what the user gave (data, configuration, model, run folder). Its message says what was found, where, what was
+    expected and the way out; the command line prints it without a traceback and exits with status 2."""

@@ -1,0 +1,108 @@
+"""What a stage's results follow from: its version, its settings, its data's contents, the stages before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tercet.config import Config
+
+STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
+# Bumped when a stage's results change for the same configuration and data; tests/test_golden.py holds the results.
+VERSIONS = {"pretrain": 1, "sft": 1, "reward": 1, "ppo": 1, "evaluate": 1}
+
+_SAMPLING = ["ppo.temperature", "ppo.max_new_tokens", "ppo.stop", "ppo.truncate_after", "data.prompts", "data.eval_prompts"]
+_COMMON = ["model", "seed", "machine.dtype", "data.max_prompt_length", "data.held_out"]
+# What each stage's results depend on, beside the stages before it: prefixes of configuration keys.
+_DEPENDS = {
+    "pretrain": [*_COMMON, "pretrain", "data.pretrain", "data.sft"],
+    "sft": [*_COMMON, "sft", "data.sft", "data.eval_sft"],
+    "reward": [*_COMMON, "reward", "data.comparisons", "data.eval_comparisons", *_SAMPLING],
+    "ppo": [*_COMMON, "ppo", "reward.use", "data.prompts", "data.eval_prompts"],
+    "evaluate": ["seed", "evaluation", *_SAMPLING],
+}
+_NO_EFFECT = ("ppo.save_rollouts_every",)
+_MODELS = ("model.name", "reward.use", "ppo.policy", "ppo.value_model")  # names that may be folders, whose contents count
+
+
+def fingerprints(
+    config: Config, stages: Sequence[str], reward_callables: Sequence[Callable[..., list[float]]] = ()
+) -> dict[str, dict[str, Any]]:
+    """The fingerprint of each of the stages, given in order: {"version", "settings", "data", "upstream"}, all of it JSON."""
+    flat = dict(_flatten(config.model_dump(mode="json")))
+    prints: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        depends = [*_DEPENDS[stage], *(["evaluation"] if stage == "ppo" and config.ppo.evaluate_every else [])]
+        keys = [key for key in flat if _under(key, depends) and key not in _NO_EFFECT]
+        files = [key for key in keys if key.startswith("data.") and isinstance(flat[key], str)]
+        settings = {key: flat[key] for key in keys if key not in files}
+        if flat["machine.dtype"] == "auto":
+            settings.pop("machine.dtype", None)
+        data: dict[str, Any] = {key: _contents(flat[key]) for key in files}
+        data |= {key: _contents_of_folder(Path(flat[key])) for key in keys if key in _MODELS and Path(str(flat[key])).is_dir()}
+        if stage in ("ppo", "evaluate"):
+            code = {text.rpartition(":")[0] for text in functions_of(config)}
+            data |= {file: _contents_of_code(Path(file)) for file in sorted(code) if file.endswith(".py")}
+        if reward_callables and stage in ("ppo", "evaluate"):
+            settings["reward function"] = [getattr(call, "__qualname__", repr(call)) for call in reward_callables]
+        upstream = {name: digest(prints[name]) for name in stages[: stages.index(stage)]}
+        prints[stage] = {"version": VERSIONS[stage], "settings": settings, "data": data, "upstream": upstream}
+    return prints
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    """In words, what changed between two fingerprints of one stage; nothing if they are the same."""
+    if there["version"] != wanted["version"]:
+        yield f"stage version was {there['version']}, is {wanted['version']}"
+    for part, noun in (("settings", ""), ("data", "contents of "), ("upstream", "stage ")):
+        before, now = there[part], wanted[part]
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                detail = f"was {before.get(key)!r}, is {now.get(key)!r}" if part == "settings" else "changed"
+                yield f"{noun}{key} {detail}"
+
+
+def functions_of(config: Config) -> list[str]:
+    """The Python functions that the configuration names."""
+    evaluation = config.evaluation
+    terms = [*config.ppo.rewards, *evaluation.judges.values()]
+    return [text for text in (*(term.function for term in terms), evaluation.gold) if text]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _contents(source: str) -> dict[str, str]:
+    from tercet.data.files import fingerprint
+
+    return fingerprint(source)
+
+
+def _contents_of_code(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+
+
+def _contents_of_folder(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    prints = {}
+    for path in files:
+        with path.open("rb") as file:
+            prints[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return prints

@@ -1,0 +1,136 @@
+"""What `auto` means, one process as a world of size 1, and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tercet.runtime.distributed import World
+from tercet.runtime.lock import locked
+from tercet.runtime.machine import resolve
+from tercet.runtime.stage import Interrupt
+from tercet.types import TercetError
+
+
+def test_what_is_given_is_taken() -> None:
+    machine = resolve("cpu", "float64", 3, 77, parameters=10**9)
+    assert (machine.device, machine.dtype, machine.threads, machine.microbatch_tokens) == (
+        torch.device("cpu"),
+        torch.float64,
+        3,
+        77,
+    )
+    assert machine.settings() == {"device": "cpu", "dtype": "float64", "threads": 3, "microbatch_tokens": 77}
+
+
+def test_auto_settles_everything_and_settling_again_changes_nothing() -> None:
+    for parameters in (10_000, 1_000_000, 10**9):
+        chosen = resolve("cpu", "auto", "auto", "auto", parameters).settings()
+        assert "auto" not in chosen.values()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        assert 1 <= chosen["threads"] <= cores and chosen["microbatch_tokens"] >= 512
+        again = resolve(chosen["device"], chosen["dtype"], chosen["threads"], chosen["microbatch_tokens"], parameters)
+        assert again.settings() == chosen
+
+
+def test_a_tiny_model_computes_in_float32_on_one_thread() -> None:
+    chosen = resolve("cpu", "auto", "auto", "auto", 50_000)
+    assert (chosen.dtype, chosen.threads) == (torch.float32, 1)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", "nonsense"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(TercetError, match=r"machine\.device.*cannot be used here.*try auto"):
+        resolve(device, "auto", "auto", "auto", 1)
+
+
+@pytest.mark.parametrize(("threads", "tokens"), [(0, 10), (1, 0)])
+def test_nothing_below_one(threads: int, tokens: int) -> None:
+    with pytest.raises(TercetError, match="at least 1, or auto"):
+        resolve("cpu", "float32", threads, tokens, 1)
+
+
+class TestWorldOfOne:
+    def test_it_is_its_own_first_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        world = World.start(torch.device("cpu"))
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+
+    def test_sums_and_lists_are_what_it_put_in(self) -> None:
+        world, value = World(), torch.tensor([1.0, 2.0])
+        assert torch.equal(world.all_sum(value), value)
+        assert world.gather({"a": 1}) == [{"a": 1}]
+        assert world.any(True) is True and world.any(False) is False
+        world.barrier()
+
+    def test_gradients_stay(self) -> None:
+        layer = nn.Linear(2, 1)
+        layer(torch.ones(1, 2)).sum().backward()
+        assert layer.weight.grad is not None
+        before = layer.weight.grad.clone()
+        World().sum_gradients(layer.parameters())
+        assert torch.equal(layer.weight.grad, before)
+
+    def test_prepare_changes_nothing(self) -> None:
+        layer = nn.Linear(2, 1)
+        assert World().prepare(layer) is layer
+
+
+def test_every_row_has_exactly_one_owner() -> None:
+    for size in (1, 2, 3):
+        rows = [row for rank in range(size) for row in World(rank, size).own_rows(7)]
+        assert sorted(rows) == list(range(7))
+
+
+class TestInterrupt:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_the_first_signal_asks_and_the_second_stops(self, number: int) -> None:
+        before = signal.getsignal(number)
+        with Interrupt().listening() as interrupt:
+            assert not interrupt.requested
+            os.kill(os.getpid(), number)
+            assert interrupt.requested
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is before
+
+    def test_handlers_come_back_after_an_error(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(ZeroDivisionError), Interrupt().listening():
+            raise ZeroDivisionError
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    def test_in_another_thread_it_listens_to_nothing(self) -> None:
+        seen: list[bool] = []
+
+        def work() -> None:
+            with Interrupt().listening() as interrupt:
+                seen.append(interrupt.requested)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert seen == [False]
+
+
+class TestLock:
+    def test_a_held_folder_is_refused_naming_the_holder(self, tmp_path: Path) -> None:
+        with (
+            locked(tmp_path / "run"),
+            pytest.raises(TercetError, match=rf"in use by process {os.getpid()}: wait"),
+            locked(tmp_path / "run"),
+        ):
+            raise AssertionError("two holders")
+        with locked(tmp_path / "run"):
+            pass  # free again
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(TercetError, match="cannot be written"), locked(tmp_path / "file/run"):
+            pass

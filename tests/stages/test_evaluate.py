@@ -1,0 +1,117 @@
+"""Evaluation: shared random numbers, figures by hand, win rates with intervals, groups."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from tercet.generation.native import NativeGenerator
+from tercet.models.roles import Policy
+from tercet.stages.evaluate import Judges, Sampling, compare, groups_of, respond, summarise, wins
+from tercet.stages.rollout import PromptSet
+
+SAMPLING = Sampling(seed=4, temperature=1.0, max_new_tokens=6, batch_size=4, greedy=False, max_tokens=64)
+JUDGES = Judges(
+    tiny.FunctionScorer(tiny.length_reward, name="score"),
+    {"gold": tiny.FunctionScorer(lambda prompts, responses: [float(len(r)) for r in responses], name="gold")},
+)
+PROMPTS = tiny.PROMPTS * 5
+
+
+def answers(
+    policy: Policy, reference: Policy | None = None, prompts: PromptSet | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    sampling = Sampling(**({**vars(SAMPLING)} | options))
+    generator = NativeGenerator(policy, stop_ids=[tiny.EOS], max_new_tokens=6, temperature=sampling.temperature)
+    return respond(policy, reference or tiny.policy_of(), generator, prompts or tiny.prompts_of(PROMPTS), JUDGES, sampling)
+
+
+def test_the_same_policy_twice_gives_identical_responses_and_half_the_wins() -> None:
+    first, second = answers(tiny.policy_of(2)), answers(tiny.policy_of(2))
+    assert first == second
+    assert wins(first, second, "score", seed=0) == {"win_rate": 0.5, "low": 0.5, "high": 0.5, "n": 15}
+    assert len({tuple(row["ids"]) for row in first}) > 3  # random numbers by place: equal prompts get several answers
+
+
+def test_policies_share_their_random_numbers_and_iterations_of_training_do_not_matter() -> None:
+    """A policy that differs by a hair gives the same responses: only then does a comparison of two policies have little noise."""
+    near = tiny.policy_of(2)
+    with torch.no_grad():
+        near.model.transformer.ln_f.bias[0] += 1e-9
+    assert [row["ids"] for row in answers(near)] == [row["ids"] for row in answers(tiny.policy_of(2))]
+    assert [row["ids"] for row in answers(tiny.policy_of(2), seed=5)] != [row["ids"] for row in answers(tiny.policy_of(2))]
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 15}, {"max_tokens": 1}])
+def test_neither_batch_size_nor_micro_batches_change_an_answer(options: dict[str, int]) -> None:
+    wanted, found = answers(tiny.policy_of(2)), answers(tiny.policy_of(2), **options)
+    for a, b in zip(wanted, found):
+        assert a["ids"] == b["ids"] and a["place"] == b["place"]
+        assert b["kl"] == pytest.approx(a["kl"], rel=1e-9) and b["entropy"] == pytest.approx(a["entropy"], rel=1e-9)
+
+
+def test_kl_and_entropy_against_a_slow_loop() -> None:
+    policy, reference = tiny.policy_of(2), tiny.policy_of(0)
+    for row in answers(policy, reference, temperature=0.7):
+        prompt, kl, entropy = PROMPTS[row["place"]], 0.0, 0.0
+        for t, token in enumerate(row["ids"]):
+            ids = torch.tensor([[*prompt, *row["ids"][:t]]])
+            with torch.no_grad():
+                own, ref = ((m.model(input_ids=ids).logits[0, -1] / 0.7).log_softmax(-1) for m in (policy, reference))
+            kl += float(own[token] - ref[token])
+            entropy -= float((own.exp() * own).sum())
+        assert row["kl"] == pytest.approx(kl, rel=1e-9) and row["entropy"] == pytest.approx(entropy / len(row["ids"]), rel=1e-9)
+        assert row["finished"] == (row["ids"][-1] == tiny.EOS) and row["length"] == len(row["ids"])
+        assert row["gold"] == len(row["response"]) and row["response"] == tiny.spell(row["ids"])
+        assert row["score"] == tiny.length_reward([tiny.spell(prompt)], [row["response"]])[0]
+
+
+def test_greedy_takes_the_likeliest_token() -> None:
+    policy = tiny.policy_of(2)
+    for row in answers(policy, greedy=True):
+        ids = list(PROMPTS[row["place"]])
+        for token in row["ids"]:
+            assert token == int(policy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+
+
+def test_figures_by_hand() -> None:
+    rows = [
+        {"score": 1.0, "kl": 2.0, "length": 4, "finished": True, "entropy": 0.5, "gold": 3.0, "ids": [1, 2, 1, 2]},
+        {"score": 4.0, "kl": 0.0, "length": 2, "finished": False, "entropy": 1.5, "gold": 3.0, "ids": [1, 2]},
+    ]
+    figures = summarise(rows, ["gold"])
+    assert (figures["score"], figures["score_std"], figures["kl"], figures["length"]) == (2.5, 1.5, 1.0, 3.0)
+    assert (figures["finished"], figures["entropy"], figures["gold"], figures["gold_std"]) == (0.5, 1.0, 3.0, 0.0)
+    assert figures["distinct1"] == 2 / 6 and figures["distinct2"] == 2 / 4
+    assert figures["repetition"] == pytest.approx((1 / 3 + 0) / 2)
+
+
+def test_win_rates_count_ties_half_and_intervals_hold_them() -> None:
+    ours = [{"score": value} for value in (1.0, 2.0, 3.0, 4.0)]
+    theirs = [{"score": value} for value in (0.0, 2.0, 5.0, 1.0)]
+    won = wins(ours, theirs, "score", seed=0)
+    assert won["win_rate"] == (1 + 0.5 + 0 + 1) / 4 and won["low"] < won["win_rate"] < won["high"]
+    assert wins(theirs, ours, "score", seed=0)["win_rate"] == 1 - won["win_rate"]
+
+
+def test_compare_asks_every_judge_where_there_are_two_policies() -> None:
+    responses = {"sft": answers(tiny.policy_of(0)), "ppo": answers(tiny.policy_of(2))}
+    policies, won = compare(responses, ["gold"], 0)
+    assert set(policies) == {"sft", "ppo"} and set(won) == {"score", "gold"}
+    assert policies["sft"]["kl"] == 0.0 and math.isfinite(policies["ppo"]["kl"]) and policies["ppo"]["kl"] != 0.0
+    better = sum((a["gold"] > b["gold"]) + (a["gold"] == b["gold"]) / 2 for a, b in zip(responses["ppo"], responses["sft"]))
+    assert won["gold"]["win_rate"] == pytest.approx(better / 15)
+    assert compare({"sft": responses["sft"]}, ["gold"], 0)[1] == {}
+
+
+def test_groups_are_the_values_of_a_field() -> None:
+    prompts = tiny.prompts_of([[1], [2], [3]])
+    prompts.fields[:] = [{"topic": "known"}, {"topic": "new"}, {"topic": "known"}]
+    assert groups_of(prompts, "topic") == {"known": [0, 2], "new": [1]}
+    assert groups_of(prompts, None) == {}
+    assert groups_of(prompts, "absent") == {"None": [0, 1, 2]}
