@@ -144,7 +144,7 @@ class Pipeline:
         from tercet.runtime.machine import resolve
         from tercet.runtime.progress import console
 
-        base = str(self.folder / "pretrain/model") if self.config.model.scratch else str(self.config.model.name)
+        base = self._base
         settings = self.config.machine
         world = World.start(settings.device)
         if self.config.model.scratch and not Path(base).exists() and world.is_main:
@@ -183,8 +183,9 @@ class Pipeline:
                     )
 
     def _check_inputs(self, stages: Sequence[str]) -> None:
-        """Read every record and load every function that these stages will use: a mistake is told before anything is trained."""
+        """Read every record, function and checkpoint that these stages will use: a mistake is told before anything is trained."""
         from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
+        from tercet.jobs.preflight import check_models
         from tercet.scoring.function import load_function
 
         data = self.config.data
@@ -194,13 +195,22 @@ class Pipeline:
             "reward": (read_comparisons, [data.comparisons, data.eval_comparisons]),
             "ppo": (read_prompts, [data.prompts, data.eval_prompts]),
         }
-        for read, sources in (used[stage] for stage in stages if stage in used):
-            for source in sources:
-                if source is not None:
-                    read(source)
+        records = {
+            stage: [record for source in sources if source is not None for record in read(source)]
+            for stage, (read, sources) in used.items()
+            if stage in stages
+        }
         if "ppo" in stages or "evaluate" in stages:
             for reference in functions_of(self.config):
                 load_function(reference)
+        if stages:
+            made = self.config.model.scratch is None or Path(self._base).exists()
+            check_models(self.config, stages, self._base if made else None, records)
+
+    @property
+    def _base(self) -> str:
+        """The pretrained model: this run's own where it is from scratch."""
+        return str(self.folder / "pretrain/model") if self.config.model.scratch else str(self.config.model.name)
 
     def _clear(self, stages: Sequence[str]) -> None:
         for stage in reversed(stages):  # if this is cut short, no stage is left that builds on one that is gone

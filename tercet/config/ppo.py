@@ -103,9 +103,15 @@ class PPOConfig(Section):
             raise ValueError(
                 f"minibatch_size ({self.minibatch}) must divide rollout_batch_size ({self.rollout_batch_size}): try {nearest}"
             )
-        if self.missing_eos_penalty and self.missing_eos_score is not None:
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ValueError(
                 "missing_eos_penalty and missing_eos_score are both set: to replace the score, set missing_eos_penalty: null"
+            )
+        least = self.rollout_batch_size // 5 + 1  # a horizon of a fifth could turn the coefficient to 0 in one iteration
+        if self.kl.controller == "adaptive" and self.kl.horizon < least:
+            raise ValueError(
+                f"kl.horizon ({self.kl.horizon}) must exceed a fifth of rollout_batch_size ({self.rollout_batch_size}), or one iteration "
+                f"could bring kl.coef to 0: try {max(10_000, 10 * self.rollout_batch_size)}"
             )
         if self.truncate_after >= self.max_new_tokens:
             raise ValueError(

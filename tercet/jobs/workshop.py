@@ -103,27 +103,21 @@ class Workshop:
                 f"{longest} tokens, but the model has {positions} positions: lower one of them, for example "
                 f"data.max_prompt_length={max(1, positions - config.max_new_tokens)}"
             )
-        encoded = {text: self.tokenizer(text, add_special_tokens=False).input_ids for text in config.stop}
-        single = [ids[0] for ids in encoded.values() if len(ids) == 1]
+        # A special token has no text; every other stop is looked for in the text, since tokens such as "end." may hold it.
+        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids))
         return NativeGenerator(
             policy,
-            stop_ids=sorted({*self.template.stop_ids, *single}),
+            stop_ids=sorted({*self.template.stop_ids, *(special[text] for text in config.stop if text in special)}),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             truncate_after=config.truncate_after,
-            stop_texts=[text for text, ids in encoded.items() if len(ids) != 1],
+            stop_texts=[text for text in config.stop if text not in special],
             decode=lambda ids: response_text(ids, self.tokenizer),
         )
 
     def prompts(self, *, held_out: bool) -> PromptSet:
         """The prompts to train on, or those held out (all of them where none could be held out)."""
-        data = self.config.data
-        assert data.prompts is not None
-        train: list[Prompt] = read_prompts(data.prompts)
-        evaluation: list[Prompt] = read_prompts(data.eval_prompts) if data.eval_prompts else []
-        if not data.eval_prompts:
-            train, evaluation = split(train, data.held_out)
-        records = (evaluation or train)[: self.config.evaluation.prompts] if held_out else train
+        records = prompt_records(self.config, held_out=held_out)
         ids = [self.template.prompt_ids(record.prompt, record.origin).ids for record in records]
         return PromptSet(
             ids,
@@ -189,6 +183,17 @@ class Workshop:
         self.write_model(
             final, lambda folder: save_classifier(scorer.model.float(), self.tokenizer, folder, card=model_card(about))
         )
+
+
+def prompt_records(config: Config, *, held_out: bool) -> list[Prompt]:
+    """The prompts to train on, or those held out (all of them where none could be held out)."""
+    data = config.data
+    assert data.prompts is not None
+    train: list[Prompt] = read_prompts(data.prompts)
+    evaluation: list[Prompt] = read_prompts(data.eval_prompts) if data.eval_prompts else []
+    if not data.eval_prompts:
+        train, evaluation = split(train, data.held_out)
+    return (evaluation or train)[: config.evaluation.prompts] if held_out else train
 
 
 def model_card(about: str) -> str:

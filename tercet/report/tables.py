@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tercet.report.findings import accuracy_interval
-from tercet.report.load import GROUPED, STAGES, Record, RunData, number
+from tercet.report.load import STAGES, Record, RunData, number
 from tercet.report.text import MINUS, THIN, duration, percent, plain, short, signed, tenths
 
 # figure -> (name, note, is a share); the rows of the comparison, and the order of any table of figures
@@ -23,6 +22,11 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
     "repetition": ("Repetition", "within a response", False),
     "perplexity": ("Perplexity", "under the base model", False),
 }
+# What is shown of each group of prompts; all their other figures are in summary.json.
+GROUP_FIGURES = (
+    *("win_rate", "gold.win_rate", "gold.sft", "gold.ppo", "sft.score", "ppo.score", "ppo.kl"),
+    *("sft.finished", "ppo.finished", "sft.length", "ppo.length", "sft.distinct2", "ppo.distinct2"),
+)
 SHARES = ("win_rate", "finished", "accuracy", "ceiling")
 POLICY_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
 
@@ -107,11 +111,9 @@ def groups(run: RunData) -> Table | None:
     found = run.groups()
     if not found:
         return None
-    keys = list(dict.fromkeys(GROUPED.sub(lambda match: match["name"], key) for key in run.summary if GROUPED.match(key)))
-    keys = [key for key in keys if any(key in figures for figures in found.values()) and not key.endswith(("_low", "_high"))]
-    columns: list[Mapping[str, float | None]] = [{key: run.value(key) for key in keys}, *found.values()]
-    rows = [(_title(key), "", [show(key, figures.get(key)) for figures in columns]) for key in keys]
-    return Table("Groups of prompts, reported apart", ["headline", *(plain(name, 40) for name in found)], rows)
+    keys = [key for key in GROUP_FIGURES if any(key in figures for figures in found.values())]
+    rows = [(_title(key), "", [show(key, figures.get(key)) for figures in found.values()]) for key in keys]
+    return Table("Groups of prompts, reported apart", [plain(name, 40) for name in found], rows) if rows else None
 
 
 def _title(key: str) -> str:

@@ -23,7 +23,7 @@ class Annotator:
     the one ranked before it under the same rule. The answers depend on `seed` and on the order of the questions.
     """
 
-    def __init__(self, temperature: float = 0.6, tie_band: float = 0.15, tie_rate: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, temperature: float = 0.72, tie_band: float = 0.15, tie_rate: float = 0.5, seed: int = 0) -> None:
         if temperature <= 0 or tie_band < 0 or not 0 <= tie_rate <= 1:
             raise ValueError(
                 f"need temperature > 0, tie_band >= 0, 0 <= tie_rate <= 1; got {temperature}, {tie_band}, {tie_rate}"

@@ -21,8 +21,8 @@ from tercet.world.language import (
 class Quality:
     """Probabilities with which an answer has a property; `facts` are the weights of having 0, 1, 2 or 3 facts."""
 
-    off_topic: float = 0.005  # the whole answer is about another topic
-    careless: float = 0.02  # it mixes topics up: all facts are those of another one
+    off_topic: float = 0.003  # the whole answer is about another topic
+    careless: float = 0.01  # it mixes topics up: all facts are those of another one
     pompous: float = 0.6  # each of its sentences with a fact is pompous with probability 0.5
     rude: float = 0.12
     opener: float = 0.2
@@ -30,7 +30,7 @@ class Quality:
     closer: float = 0.15
     gushing: float = 0.04  # one or two more kind sentences
     definition: float = 0.75
-    facts: tuple[float, ...] = (0.2, 0.55, 0.25, 0.0)
+    facts: tuple[float, ...] = (0.3, 0.55, 0.15, 0.0)
     example: float = 0.45
     filler: float = 0.18
     repeated: float = 0.02
@@ -39,15 +39,15 @@ class Quality:
 
 MIXED = Quality()
 """Demonstrations: mixed, on the whole better than average, always finished."""
-POOR = Quality(0.02, 0.04, 0.8, 0.3, 0.15, 0.1, 0.1, 0.06, 0.7, (0.25, 0.5, 0.25, 0.0), 0.4, 0.3, 0.05, 0.15)
-GOOD = Quality(0.0, 0.01, 0.15, 0.02, 0.45, 0.3, 0.4, 0.03, 0.98, (0.1, 0.6, 0.3, 0.0), 0.85, 0.04, 0.01, 0.01)
+POOR = Quality(0.006, 0.02, 0.8, 0.3, 0.15, 0.1, 0.1, 0.06, 0.7, (0.35, 0.5, 0.15, 0.0), 0.4, 0.3, 0.05, 0.15)
+GOOD = Quality(0.0, 0.01, 0.15, 0.02, 0.45, 0.3, 0.4, 0.03, 0.98, (0.3, 0.6, 0.1, 0.0), 0.85, 0.04, 0.01, 0.01)
 LABELLED = ((replace(MIXED, cut=0.04), 0.5), (POOR, 0.2), (GOOD, 0.3))
 """What the annotator sees, with weights: wider than the demonstrations, so that it covers what PPO's policy will write."""
 PRETRAINING = ((replace(MIXED, cut=0.02), 0.6), (POOR, 0.15), (GOOD, 0.25))
 """Text for a model from scratch: everything that the annotator will see, without a word on what it is worth."""
 
-MOST_WORDS = 32
-"""No answer of the grammar is longer: about 40 tokens with its punctuation."""
+MOST_WORDS = 24
+"""No answer of the grammar is longer: about 30 tokens with its punctuation."""
 
 Mixture = tuple[tuple[Quality, float], ...]
 

@@ -21,9 +21,9 @@ Ask = tuple[str, Topic]
 class Sizes:
     """Records a file; the numbers of prompts are upper limits, since there are 15 forms x 48 topics."""
 
-    pretrain: int = 12_000
+    pretrain: int = 14_000
     demonstrations: int = 2_400
-    comparisons: int = 16_000
+    comparisons: int = 12_000
     rankings: int = 500
     eval_known: int = 2_500
     eval_new: int = 400

@@ -10,7 +10,7 @@
 | rude | -0.8 for each rude word, at most 2 |
 | pompous | -0.45 for each pompous word, at most 4 |
 | length | -0.07 for each word over 12, at least -4; -0.15 for each word under 8 |
-| repeated | -0.5 for each sentence, or fact, that has been said before, at most 4 |
+| repeated | -0.4 for each sentence, or fact, that has been said before, at most 4 |
 | finished | -1.5 if the text does not end with ".", "!" or "?", or trails off with "..." |
 | junk | -0.4 for each finished sentence that the language does not allow, at most 4; -0.1 for each word outside it, at most 10 |
 
@@ -37,8 +37,8 @@ from tercet.world.language import (
     words,
 )
 
-OFFSET = 0.4
-SCALE = 1.3
+OFFSET = 0.55
+SCALE = 1.4
 KIND_POINTS = (0.0, 0.7, 0.9, 0.3, -0.4)
 LONGEST, SHORTEST = 12, 8
 
@@ -93,7 +93,7 @@ def gold_features(prompt: str, response: str) -> dict[str, float]:
         "rude": -0.8 * min(2, sum(word in RUDE_WORDS for word in said)),
         "pompous": -0.45 * min(4, sum(word in POMPOUS_WORDS for word in said)),
         "length": _length_points(len(said)),
-        "repeated": -0.5 * min(4, _repeats(pieces, parsed)),
+        "repeated": -0.4 * min(4, _repeats(pieces, parsed)),
         "finished": 0.0 if pieces and not rest.strip() else -1.5,
         "junk": -0.4 * min(4, junk) - 0.1 * min(10, sum(word not in vocabulary() for word in said)),
     }

@@ -16,7 +16,7 @@ _TABLE = {
         "topics": "rain, snow, wind, sunshine, a storm: fog",
         "place": "in the sky, outside the window",
         "look": "fresh, wild",
-        "deed": "moves the leaves, makes the day warm or cold",
+        "deed": "moves the leaves, brings a change",
         "thing": "an umbrella, a cloud, a warm coat",
     },
     "feeling": {

@@ -68,6 +68,7 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "ppo: {minibatch_size: 96}", ["ppo: minibatch_size (96) must divide rollout_batch_size (128): try 64"]),
     (G + "ppo: {minibatch_size: 500}", ["minibatch_size (500) must divide rollout_batch_size (128): try 128"]),
     (G + "ppo: {missing_eos_score: -1}", ["missing_eos_penalty and missing_eos_score", "missing_eos_penalty: null"]),
+    (G + "ppo: {missing_eos_score: -1, missing_eos_penalty: 0}", ["are both set", "missing_eos_penalty: null"]),
     (G + "ppo: {truncate_after: 64}", ["truncate_after (64) must be below max_new_tokens (64)"]),
     (
         G + "ppo: {iterations: 20, value_warmup_iterations: 20}",
@@ -76,6 +77,14 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "ppo: {clip_range: 1}", ["ppo.clip_range", "less than 1"]),
     (G + "ppo: {gamma: 1.1}", ["ppo.gamma", "less than or equal to 1"]),
     (G + "ppo: {kl: {controller: adaptive, coef: 0}}", ["ppo.kl: coef is 0", "try 0.05"]),
+    (
+        G + "ppo: {kl: {controller: adaptive, horizon: 25}}",
+        ["ppo: kl.horizon (25) must exceed a fifth of rollout_batch_size (128)", "try 10000"],
+    ),
+    (
+        G + "ppo: {rollout_batch_size: 100, kl: {controller: adaptive, horizon: 20}}",  # exactly a fifth is too short as well
+        ["kl.horizon (20) must exceed a fifth of rollout_batch_size (100)"],
+    ),
     (G + "ppo: {rewards: [{kind: function}]}", ["ppo.rewards.0: kind: function needs function"]),
     (G + "ppo: {rewards: [{kind: classifier}]}", ["ppo.rewards.0: kind: classifier needs model"]),
     (G + "ppo: {rewards: [{function: 'a:b'}]}", ["function is set but kind is stage", "kind: function"]),
@@ -143,3 +152,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"model: {name: caf\xe9}")
     with pytest.raises(TercetError, match="not UTF-8"):
         load_config(tmp_path / "latin.yaml")
+
+
+def test_the_shortest_horizon_that_cannot_turn_the_coefficient() -> None:
+    """0.2 * 128 = 25.6; a fixed coefficient has no horizon to check."""
+    for kl in ({"controller": "adaptive", "horizon": 26}, {"horizon": 1}):
+        load_config({"model": {"name": "gpt2"}, "ppo": {"kl": kl}})

@@ -187,6 +187,14 @@ def test_samples_show_what_was_sampled(actors: Actors) -> None:
     assert shown == Counter(["[{'role': 'user', 'content': 'hello'}]", "2 3", "3 1 2"])
 
 
+def test_each_iteration_draws_numbers_of_its_own(actors: Actors) -> None:
+    """One prompt, one policy: only the numbers can make the responses of two iterations differ."""
+    first, again, second = (
+        tiny.rollout_of(actors, tiny.ppo_config(), tiny.prompts_of([[1]]), iteration=k).experience.sequences for k in (0, 0, 1)
+    )
+    assert first.input_ids.tolist() == again.input_ids.tolist() != second.input_ids.tolist()
+
+
 def test_numbers_that_are_not_finite_end_the_run_with_the_culprits_name(actors: Actors) -> None:
     with torch.no_grad():
         actors.value_model.head.weight[0, 0] = math.nan

@@ -76,6 +76,20 @@ def test_ratio_is_exactly_one_at_the_first_minibatch(actors: Actors, tokens: int
     assert (figures["ratio"], figures["approx_kl"], figures["clip_fraction"]) == (1.0, 0.0, 0.0)
 
 
+def test_the_first_update_makes_the_forwards_of_the_rollout(actors: Actors) -> None:
+    """The same micro-batches in the same order, so that the ratio is 1 to the bit whatever a kernel does with a shape."""
+    forwards: list[list[list[int]]] = []
+    actors.policy.register_forward_hook(lambda module, inputs, output: forwards.append(inputs[0].input_ids.tolist()))
+    options = {"policy_optimizer": tiny.Recorder(actors.policy), "value_optimizer": tiny.Recorder(actors.value_model)}
+    for tokens in (14, 20):
+        forwards.clear()
+        config = tiny.ppo_config(ppo_epochs=1)
+        experience = tiny.rollout_of(actors, config, tokens=tokens).experience
+        made = len(forwards)
+        tiny.update_of(experience, actors, config, tokens=tokens, **options)
+        assert made > 1 and forwards[made:] == forwards[:made]
+
+
 def test_max_approx_kl_ends_the_epochs_after_the_crossing_one(actors: Actors) -> None:
     """Row 53. The first epoch's first minibatch has KL 0, but its later ones have moved: three minibatches an epoch."""
     rollout, config = begin(actors, ppo_epochs=4, minibatch_size=4, max_approx_kl=1e-9)
@@ -86,6 +100,39 @@ def test_max_approx_kl_ends_the_epochs_after_the_crossing_one(actors: Actors) ->
     assert (progress.steps, progress.epoch) == (2, 2)  # one minibatch: KL 0 in the first epoch, crossed in the second
     config = config.model_copy(update={"max_approx_kl": 100.0})
     assert tiny.update_of(rollout.experience, tiny.actors_of(), config).steps == 4
+
+
+def test_max_approx_kl_is_about_one_epoch_at_a_time() -> None:
+    """A limit that the second epoch crosses and the mean of both epochs does not ends after the second."""
+    found: list[float] = []
+
+    def note(progress: UpdateProgress) -> None:
+        found.append(progress.epoch_approx_kl / progress.epoch_tokens)
+
+    rollout, config = begin(tiny.actors_of(), ppo_epochs=4)
+    tiny.update_of(rollout.experience, tiny.actors_of(), config, boundary=note)
+    first, second, third, _ = found
+    assert first < 1e-9 < second < third
+    limit = 0.75 * second
+    config = tiny.ppo_config(ppo_epochs=4, max_approx_kl=limit)
+    assert tiny.update_of(rollout.experience, tiny.actors_of(), config).epoch == 2
+
+
+def test_each_minibatch_divides_by_its_own_tokens(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, config = begin(actors, ppo_epochs=1, minibatch_size=3)
+    counts: list[tuple[int, int]] = []
+    loss = update_module.policy_loss
+
+    def spy(*arguments: Any) -> Any:
+        counts.append((arguments[5], int(arguments[3].sum())))
+        return loss(*arguments)
+
+    monkeypatch.setattr(update_module, "policy_loss", spy)
+    tiny.update_of(rollout.experience, actors, config)
+    assert len(counts) == 4 and all(count == tokens for count, tokens in counts)
+    assert len({count for count, _ in counts}) > 1 and sum(count for count, _ in counts) == int(
+        rollout.experience.sequences.response_lens.sum()
+    )
 
 
 def test_gradient_norm_after_the_clip_is_at_most_the_limit(actors: Actors) -> None:

@@ -41,7 +41,7 @@ def points(response: str, prompt: str = PROMPT) -> float:
         # one rude word
         ("What a silly question. " + BASE, 1.55 - 0.8),
         # a fact said twice, in other words; still three right facts
-        (BASE + " It can be wild.", 1.55 - 0.5),
+        (BASE + " It can be wild.", 1.55 - 0.4),
         # not finished: the example is lost too
         ("We call rain a kind of weather. It is wild. For example, think of an", 0.4 + 0.3 + 0.35 - 1.5),
         # the same, trailing off
@@ -88,7 +88,7 @@ def test_facts_outside_an_allowed_sentence_do_not_count() -> None:
 
 
 def test_repeating_a_sentence_that_says_nothing_costs_too() -> None:
-    assert gold_features(PROMPT, "Enjoy it. Enjoy it! Enjoy it.")["repeated"] == pytest.approx(-1.0)
+    assert gold_features(PROMPT, "Enjoy it. Enjoy it! Enjoy it.")["repeated"] == pytest.approx(-0.8)
 
 
 def test_no_answer_beats_the_best_one_by_rambling_on_with_facts() -> None:

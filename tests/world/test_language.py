@@ -28,7 +28,7 @@ def test_forty_known_and_eight_new_topics_with_their_own_words() -> None:
         "category": ("weather",),
         "place": ("in the sky", "outside the window"),
         "look": ("fresh", "wild"),
-        "deed": ("moves the leaves", "makes the day warm or cold"),
+        "deed": ("moves the leaves", "brings a change"),
         "thing": ("an umbrella", "a cloud", "a warm coat"),
     }
     assert TOPICS["rain"].facts == expected

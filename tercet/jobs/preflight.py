@@ -1,0 +1,196 @@
+"""What a later stage would trip over, looked at before the first one trains: architectures, checkpoints, templates, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedTokenizerBase
+
+from tercet.config import Config
+from tercet.config.ppo import RewardTerm
+from tercet.data.template import Template
+from tercet.jobs.workshop import prompt_records
+from tercet.models.load import (
+    check_vocabulary,
+    context_length,
+    count_parameters,
+    load_causal_lm,
+    load_classifier,
+    load_tokenizer,
+    stop_token_ids,
+)
+from tercet.models.roles import ScoreModel
+from tercet.scoring.model import ClassifierScorer
+from tercet.types import Comparison, TercetError, Text
+
+Records = Mapping[str, Sequence[Any]]  # by stage
+
+
+def check_models(config: Config, stages: Sequence[str], base: str | None, records: Records) -> None:
+    """TercetError for what can be known to be wrong with models and texts. `base`: None while a scratch model is not made yet.
+
+    Checkpoints from elsewhere are loaded for it, one after the other: seconds, against the hours of the stages before them.
+    """
+    _check_classifier_exists(config, stages)
+    if "ppo" in stages or "evaluate" in stages:
+        _check_group(config)
+    conversations = [record for stage in records for record in records[stage] if not isinstance(record.prompt, str)]
+    if config.model.template == "plain" and conversations:
+        raise TercetError(
+            f"{conversations[0].origin}: the prompt is a conversation, which the template 'plain' cannot write; set model.template: chat"
+        )
+    if base is None:
+        if config.model.template == "chat":
+            raise TercetError(
+                "model.template is chat, but the tokenizer of a model.scratch has no chat template: set it to plain"
+            )
+        return
+    trust = config.model.trust_remote_code
+    count_parameters(base, trust)  # an explained error where the configuration cannot be read
+    tokenizer = load_tokenizer(base, trust_remote_code=trust)
+    template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_token_ids(base, tokenizer))
+    _check_turns(template, records)
+    _check_lengths(config, template, base, records)
+    if "ppo" in stages or "evaluate" in stages:
+        _check_foreign(config, tokenizer, any(not isinstance(record.prompt, str) for record in records.get("ppo", ())))
+
+
+def _check_classifier_exists(config: Config, stages: Sequence[str]) -> None:
+    """Reward and value model are sequence classifiers, which transformers has for most causal architectures but not for all."""
+    from_reward = any(term.kind == "stage" for term in config.ppo.rewards)
+    if not ("reward" in stages or "ppo" in stages and config.ppo.value_model is None and not from_reward):
+        return
+    scratch, trust = config.model.scratch, config.model.trust_remote_code
+    if scratch is not None:
+        try:
+            found = AutoConfig.for_model(scratch.architecture)
+        except ValueError:
+            return  # what it is and what to do is said where the model is made
+    else:
+        count_parameters(str(config.model.name), trust)
+        found = AutoConfig.from_pretrained(str(config.model.name), trust_remote_code=trust)
+    own_code = getattr(found, "auto_map", None) or {}
+    if type(found) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and "AutoModelForSequenceClassification" not in own_code:
+        raise TercetError(
+            f"{config.model.name or 'model.scratch'}: transformers has no sequence classifier of the architecture {found.model_type!r}, "
+            "and the reward model and the value model would be one: choose a model of another architecture, such as llama or qwen2"
+        )
+
+
+def _check_group(config: Config) -> None:
+    evaluation = config.evaluation
+    if evaluation.main_group is None or evaluation.group_by is None:
+        return
+    held_out = prompt_records(config, held_out=True)
+    values = sorted({str(record.fields.get(evaluation.group_by)) for record in held_out})
+    if evaluation.main_group not in values:
+        raise TercetError(
+            f"evaluation.main_group is {evaluation.main_group!r}, but the held-out prompts' field {evaluation.group_by!r} has the values "
+            f"{', '.join(values)}: choose one of them"
+        )
+
+
+def _check_turns(template: Template, records: Records) -> None:
+    """A chat template may refuse roles and orders of turns: try one record of each kind."""
+    if template.kind != "chat":
+        return
+    seen = set()
+    for record in (record for some in records.values() for record in some):
+        kind = (type(record), _roles(record.prompt))
+        if kind not in seen:
+            seen.add(kind)
+            template.prompt_ids(record.prompt, record.origin)
+            for response in _responses(record)[:1]:
+                template.encode(record.prompt, response, origin=record.origin)
+
+
+def _roles(prompt: Text) -> tuple[str, ...]:
+    return (prompt and "text",) if isinstance(prompt, str) else tuple(turn.role for turn in prompt)
+
+
+def _responses(record: Any) -> Sequence[str]:
+    return record.responses if isinstance(record, Comparison) else [record.response] if hasattr(record, "response") else []
+
+
+def _check_lengths(config: Config, template: Template, base: str, records: Records) -> None:
+    """Texts that leave no room for a response, or have more tokens than the model has positions.
+
+    Texts are tokenised here only where the limits of the configuration allow such a mistake at all.
+    """
+    text_config = AutoConfig.from_pretrained(base, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    longest_prompt = config.data.max_prompt_length
+    for stage, limit in (("sft", config.sft.max_length), ("reward", config.reward.max_length)):
+        if longest_prompt < limit and (positions is None or limit <= positions):
+            continue
+        for record in records.get(stage, ()):
+            for response in _responses(record):
+                row = template.encode(record.prompt, response, max_length=limit, origin=record.origin).row
+                if len(row.ids) <= row.prompt_len:
+                    raise TercetError(
+                        f"{record.origin}: no token of the response is left: the prompt alone has {row.prompt_len} tokens and "
+                        f"{stage}.max_length is {limit}; raise it, lower data.max_prompt_length, or remove the record"
+                    )
+                if positions is not None and len(row.ids) > positions:
+                    raise TercetError(
+                        f"{record.origin}: {len(row.ids)} tokens, but {base} has {positions} positions: lower {stage}.max_length to "
+                        f"{positions}"
+                    )
+    longest = longest_prompt + config.ppo.max_new_tokens
+    if records.get("ppo") and positions is not None and longest > positions:
+        raise TercetError(
+            f"data.max_prompt_length ({longest_prompt}) and ppo.max_new_tokens ({config.ppo.max_new_tokens}) make {longest} tokens, but "
+            f"the model has {positions} positions: lower one of them, for example "
+            f"data.max_prompt_length={max(1, positions - config.ppo.max_new_tokens)}"
+        )
+
+
+def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, conversations: bool) -> None:
+    """Checkpoints that the configuration names beside the model."""
+    trust, terms = config.model.trust_remote_code, list(_terms(config))
+    scorers = [config.reward.use if any(term.kind == "stage" for term in terms) else None, config.ppo.value_model]
+    for source in scorers:
+        if source is not None:
+            scorer = ScoreModel(load_classifier(source, trust_remote_code=trust))
+            check_vocabulary(scorer.model, tokenizer, source)
+            _check_same_ids(source, tokenizer, trust)
+    if config.ppo.policy is not None:
+        policy = load_causal_lm(config.ppo.policy, trust_remote_code=trust)
+        check_vocabulary(policy, tokenizer, config.ppo.policy)
+        _check_same_ids(config.ppo.policy, tokenizer, trust)
+        _check_positions(config, policy, config.ppo.policy)
+    for source, label in {(str(term.model), term.label) for term in terms if term.kind == "classifier"}:
+        own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
+        ClassifierScorer(load_classifier(source, trust_remote_code=trust), own, label=label, name=source)
+        if conversations and own.chat_template is None:
+            raise TercetError(
+                f"{source}: the prompts are conversations but its tokenizer has no chat template to write them with"
+            )
+
+
+def _terms(config: Config) -> Iterator[RewardTerm]:
+    yield from config.ppo.rewards
+    yield from config.evaluation.judges.values()
+
+
+def _check_same_ids(source: str, tokenizer: PreTrainedTokenizerBase, trust: bool) -> None:
+    """These models read the ids that the policy samples: under another vocabulary they would read another text."""
+    try:
+        theirs = load_tokenizer(source, trust_remote_code=trust, needs_eos=False).get_vocab()
+    except TercetError:
+        return  # a checkpoint without a tokenizer says nothing
+    differing = sorted(token for token, place in tokenizer.get_vocab().items() if theirs.get(token) != place)
+    if differing:
+        raise TercetError(
+            f"{source}: its tokenizer has other ids than the model's for {len(differing)} tokens, such as {differing[0]!r}: it would read "
+            "another text; a reward model with a tokenizer of its own belongs into ppo.rewards as {kind: classifier, model: ...}"
+        )
+
+
+def _check_positions(config: Config, model: Any, source: str) -> None:
+    positions, longest = context_length(model), config.data.max_prompt_length + config.ppo.max_new_tokens
+    if positions is not None and longest > positions:
+        raise TercetError(
+            f"data.max_prompt_length and ppo.max_new_tokens make {longest} tokens, but {source} has {positions} positions: lower one"
+        )

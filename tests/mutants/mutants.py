@@ -1,0 +1,641 @@
+"""Ways to break the code on purpose: each is one small error of the kind that people make, and names the tests that notice it.
+
+`original` must stand exactly once in the file; tests/mutants/run.py applies each to a copy of the repository and runs its tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """name: what is wrong; equivalent: why no test can see it, empty where one must."""
+
+    name: str
+    file: str
+    original: str
+    replacement: str
+    tests: tuple[str, ...]
+    equivalent: str = ""
+
+
+Row = tuple[str, str, str]
+
+
+def _of(file: str, tests: str, rows: list[Row]) -> Iterator[Mutant]:
+    """Several mutants of one file that the same tests see."""
+    for name, original, replacement in rows:
+        yield Mutant(name, f"tercet/{file}", original, replacement, tuple(f"tests/{test}" for test in tests.split()))
+
+
+MASKS: list[Row] = [
+    ("the stop token is cut off", "kept = ends.long().cumsum(1) - ends.long() == 0", "kept = ends.long().cumsum(1) == 0"),
+    ("truncate_after is off by one", "device=ids.device) >= truncate_after", "device=ids.device) > truncate_after"),
+    ("truncate_after is ignored", "torch.isin(ids, stops) & late_enough", "torch.isin(ids, stops)"),
+    ("the last index is one too far", "(steps * mask).amax(1) - 1", "(steps * mask).amax(1)"),
+    ("positions count from 1", "counts.cumsum(1) - counts", "counts.cumsum(1)"),
+    (
+        "multiplied by the mask in place of selected: NaN on a pad leaks",
+        "return all_sum(torch.where(mask, at_least_float32(x), 0.0).sum())",
+        "return all_sum((at_least_float32(x) * mask).sum())",
+    ),
+    ("the mean is over pads too", "sums[0] / sums[1].clamp(min=1)", "sums[0] / mask.numel()"),
+    ("an empty mask divides by 0", "sums[1].clamp(min=1)", "sums[1]"),
+    ("the mean is per rank", "sums = all_sum(torch.stack(", "sums = (torch.stack("),
+    (
+        "sample variance in place of population variance",
+        "return masked_mean((x - masked_mean(x, mask, all_sum)) ** 2, mask, all_sum)",
+        "return masked_mean((x - masked_mean(x, mask, all_sum)) ** 2, mask, all_sum) * mask.sum() / (mask.sum() - 1)",
+    ),
+    ("the variance is around the rank's own mean", "(x - masked_mean(x, mask, all_sum)) ** 2", "(x - masked_mean(x, mask)) ** 2"),
+    ("whitening adds the mean back (torchtune)", "if not shift_mean:", "if shift_mean:"),
+    ("whitened pads are not 0", "return torch.where(mask, whitened, 0.0)", "return whitened"),
+    (
+        "the whitening mean is over pads",
+        "mean = masked_mean(x, mask, all_sum)",
+        "mean = masked_mean(x, torch.ones_like(mask), all_sum)",
+    ),
+    ("standard deviation in place of its inverse", "torch.rsqrt(masked_var", "torch.sqrt(masked_var"),
+    ("bfloat16 is summed in bfloat16", "tensor.dtype in (torch.float32,", "tensor.dtype in (torch.bfloat16, torch.float32,"),
+]
+
+LOGPROBS: list[Row] = [
+    ("the state of the token itself predicts it", "prompt_lens[:, None] - 1 + steps", "prompt_lens[:, None] + steps"),
+    ("the state two before predicts", "prompt_lens[:, None] - 1 + steps", "(prompt_lens[:, None] - 2 + steps).clamp(min=0)"),
+    ("the temperature is left out", "logits = logits / temperature", "logits = logits / 1.0"),
+    ("multiplied by the temperature", "logits = logits / temperature", "logits = logits * temperature"),
+    ("the entropy's sign", "entropy = -(every.exp()", "entropy = (every.exp()"),
+    ("0 x -inf in the entropy", "every.clamp(min=torch.finfo(every.dtype).min)", "every"),
+    ("half precision is not upcast", "logits = at_least_float32(logits)", "logits = logits + 0"),
+    (
+        "the entropy carries a gradient",
+        "    with torch.no_grad():\n        every",
+        "    with torch.enable_grad():\n        every",
+    ),
+    (
+        "every chunk gets the first targets",
+        "targets[start : start + chunk_rows]",
+        "targets[: min(chunk_rows, len(states) - start)]",
+    ),
+    ("raw logits in place of log-probabilities", "squeeze(-1) - log_z", "squeeze(-1) - 0 * log_z"),
+]
+
+KL: list[Row] = [
+    ("k1's sign", "return logprobs - ref_logprobs", "return ref_logprobs - logprobs"),
+    ("k2 without its half", "(logprobs - ref_logprobs) ** 2 / 2", "(logprobs - ref_logprobs) ** 2"),
+    ("k3 of the other direction", "torch.expm1(-difference) + difference", "torch.expm1(difference) - difference"),
+    ("k3 loses its digits near 0", "torch.expm1(-difference) + difference", "torch.exp(-difference) - 1 + difference"),
+    ("the KL counts pads", "torch.where(mask, at_least_float32(kl), 0.0).sum(1)", "at_least_float32(kl).sum(1)"),
+    ("the KL per token in place of per response", "at_least_float32(kl), 0.0).sum(1)", "at_least_float32(kl), 0.0).mean(1)"),
+    ("the controller steers the wrong way", "mean_sequence_kl / self.target - 1", "1 - mean_sequence_kl / self.target"),
+    (
+        "the controller's error is not clipped",
+        "max(-ERROR_LIMIT, min(ERROR_LIMIT, mean_sequence_kl / self.target - 1))",
+        "mean_sequence_kl / self.target - 1",
+    ),
+    ("the controller forgets the number of episodes", "error * n_episodes / self.horizon", "error / self.horizon"),
+    ("the coefficient is lost on resume", 'self.coef = float(state["coef"])', "_ = state"),
+    ("a target of 0 is accepted", "if not 0 < value < math.inf:", "if not 0 <= value < math.inf:"),
+    ("the optimum avoids reward", "ref_probs.log() + rewards / kl_coef", "ref_probs.log() - rewards / kl_coef"),
+    ("log Z is not scaled", "kl_coef * tilted.logsumexp(-1)", "tilted.logsumexp(-1)"),
+]
+
+ADVANTAGES: list[Row] = [
+    ("the score is not clipped", "scores = scores.clamp(-score_clip, score_clip)", "scores = scores + 0"),
+    (
+        "the score is clipped after the penalty",
+        "        scores = torch.where(finished, scores, missing_eos_score)\n    return scores",
+        "        scores = torch.where(finished, scores, missing_eos_score)\n"
+        "    return scores if score_clip is None else scores.clamp(-score_clip, score_clip)",
+    ),
+    (
+        "finished responses are punished",
+        "torch.where(finished, scores, scores - missing",
+        "torch.where(~finished, scores, scores - missing",
+    ),
+    ("the penalty is a bonus", "scores - missing_eos_penalty", "scores + missing_eos_penalty"),
+    ("the KL is rewarded", "rewards = -kl_coef *", "rewards = kl_coef *"),
+    ("the score stands one token before the end", "last_index(response_mask)[:, None]", "last_index(response_mask)[:, None] - 1"),
+    (
+        "the score stands on the first token",
+        "is_last = steps == last_index(response_mask)[:, None]",
+        "is_last = (steps == 0) & response_mask",
+    ),
+    (
+        "the score stands at the row's width",
+        "is_last = steps == last_index(response_mask)[:, None]",
+        "is_last = (steps == len(steps) - 1).expand_as(response_mask)",
+    ),
+    (
+        "the last token loses its KL term",
+        "+ torch.where(is_last, scores.detach()[:, None], 0.0)",
+        "* ~is_last + torch.where(is_last, scores.detach()[:, None], 0.0)",
+    ),
+    ("rewards stand on pads", "return torch.where(response_mask, rewards, 0.0)", "return rewards"),
+    ("the reward carries the KL's gradient", "at_least_float32(kl.detach())", "at_least_float32(kl)"),
+    (
+        "values on pads leak into the end",
+        "values = torch.where(response_mask, at_least_float32(values), 0.0)",
+        "values = at_least_float32(values)",
+    ),
+    ("delta's sign of V", "gamma * next_value - values[:, t]", "gamma * next_value + values[:, t]"),
+    ("no discount of the next value", "rewards[:, t] + gamma * next_value", "rewards[:, t] + next_value"),
+    ("no discount of the next advantage", "gamma * gae_lambda * next_advantage", "gae_lambda * next_advantage"),
+    ("lambda is left out", "gamma * gae_lambda * next_advantage", "gamma * next_advantage"),
+    ("returns are advantages", "return advantages, advantages + values", "return advantages, advantages"),
+    ("one-step advantages", "advantages[:, t] = next_advantage", "advantages[:, t] = delta"),
+    (
+        "advantages run through pads",
+        "torch.where(response_mask[:, t], delta + gamma * gae_lambda * next_advantage, 0.0)",
+        "delta + gamma * gae_lambda * next_advantage",
+    ),
+    ("returns carry the value model's gradient", "@torch.no_grad()\ndef gae(", "def gae("),
+    ("unexplained in place of explained variance", "1 - unexplained / total", "unexplained / total"),
+]
+
+LOSSES: list[Row] = [
+    (
+        "the optimistic bound: min of losses",
+        "torch.maximum(unclipped, clipped), mask)",
+        "torch.minimum(unclipped, clipped), mask)",
+    ),
+    ("the ratio is upside down", "(new_logprobs - logprobs).exp()", "(logprobs - new_logprobs).exp()"),
+    ("the surrogate's sign", "unclipped = -advantages * ratio", "unclipped = advantages * ratio"),
+    ("the clipped surrogate's sign", "clipped = -advantages * ratio.clamp", "clipped = advantages * ratio.clamp"),
+    ("clipped from above only", "ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(max=1 + clip_range)"),
+    ("clipped from below only", "ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(min=1 - clip_range)"),
+    ("clip sides swapped", "ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(1 - clip_range / 2, 1 + clip_range * 2)"),
+    ("junk on pads enters exp", "    new_logprobs = torch.where(mask, new_logprobs, 0.0)\n", ""),
+    (
+        "old log-probabilities and advantages are not detached",
+        "logprobs, advantages = logprobs.detach(), advantages.detach()",
+        "logprobs, advantages = logprobs, advantages",
+    ),
+    (
+        "the loss is a mean of micro-batch means",
+        "torch.maximum(unclipped, clipped), mask), count)",
+        "torch.maximum(unclipped, clipped), mask), mask.sum().clamp(min=1))",
+    ),
+    (
+        "the loss counts pads",
+        "masked_sum(torch.maximum(unclipped, clipped), mask)",
+        "masked_sum(torch.maximum(unclipped, clipped), torch.ones_like(mask))",
+    ),
+    ("clip fraction of the unclipped", "(clipped > unclipped).to(ratio)", "(clipped < unclipped).to(ratio)"),
+    ("approximate KL of the other direction", "k3(logprobs, new_logprobs)", "k3(new_logprobs, logprobs)"),
+    ("approximate KL over pads", "masked_sum(k3(logprobs, new_logprobs), mask)", "k3(logprobs, new_logprobs).sum()"),
+    (
+        "value clip around the new value",
+        "torch.clamp(new_values, values - value_clip_range, values + value_clip_range)",
+        "torch.clamp(new_values, new_values.detach() - value_clip_range, new_values.detach() + value_clip_range)",
+    ),
+    (
+        "value clip around the return",
+        "torch.clamp(new_values, values - value_clip_range, values + value_clip_range)",
+        "torch.clamp(new_values, returns - value_clip_range, returns + value_clip_range)",
+    ),
+    ("the smaller value error", "worst = torch.maximum(error,", "worst = torch.minimum(error,"),
+    ("the value loss without its half", "0.5 * masked_sum(worst, mask)", "masked_sum(worst, mask)"),
+    ("the value loss is unmasked", "0.5 * masked_sum(worst, mask)", "0.5 * worst.sum()"),
+    (
+        "the return moves with the value",
+        "values, returns = values.detach(), returns.detach()",
+        "values, returns = values, returns",
+    ),
+    ("the SFT loss's sign", "_divide(-masked_sum(logprobs, mask), count)", "_divide(masked_sum(logprobs, mask), count)"),
+    (
+        "the SFT loss is a mean of micro-batch means",
+        "_divide(-masked_sum(logprobs, mask), count)",
+        "_divide(-masked_sum(logprobs, mask), mask.sum().clamp(min=1))",
+    ),
+    ("log(sigmoid(x)) overflows", "-logsigmoid(shifted)", "-torch.log(torch.sigmoid(shifted))"),
+    ("the worse response is preferred", "-logsigmoid(shifted)", "-logsigmoid(-shifted)"),
+    (
+        "pairs are pooled over prompts",
+        "(losses / pairs.clamp(min=1)).sum()",
+        "losses.sum() / pairs.sum().clamp(min=1) * (pairs > 0).sum()",
+    ),
+    ("prompts with more responses weigh more", "(losses / pairs.clamp(min=1)).sum()", "losses.sum()"),
+    ("ties count", "(ranked[:, :, None] < ranked[:, None, :])", "(ranked[:, :, None] <= ranked[:, None, :])"),
+    ("ranks are read upside down", "(ranked[:, :, None] < ranked[:, None, :])", "(ranked[:, :, None] > ranked[:, None, :])"),
+    ("padding of a group counts as a response", "& real[:, :, None] & real[:, None, :]", ""),
+    ("the margin helps the worse response", "difference - margins.to", "difference + margins.to"),
+    ("equal scores count as wrong", "(difference.detach().sign() + 1) / 2", "(difference.detach() > 0).to(difference)"),
+    ("the gain is of the sample deviation", "scores.std(correction=0)", "scores.std(correction=1)"),
+    ("the bias forgets the gain", "return gain, -gain * float(scores.mean())", "return gain, -float(scores.mean())"),
+    ("prompts of ties alone count", "_pairs(ranks, groups)[1].any(2).any(1).sum()", "_pairs(ranks, groups)[1].shape[0]"),
+]
+
+SCHEDULES: list[Row] = [
+    ("the first step of warm-up learns nothing", "base * (step + 1) / warmup_steps", "base * step / warmup_steps"),
+    ("the last step learns nothing", "max(1, total_steps - warmup_steps)", "max(1, total_steps - warmup_steps - 1)"),
+    ("the cosine ends at 0", "(min_ratio + (1 - min_ratio) *", "(0 * min_ratio + 1 *"),
+]
+
+STATISTICS: list[Row] = [
+    ("best-of-n with replacement", "(i - n + 1) / i if i else 0.0", "((i - 1) / i) ** (n - 1) if i else 0.0"),
+    ("KL of best-of-n without its second term", "math.log(n) - (n - 1) / n", "math.log(n)"),
+    ("ties lose", "(a > b).double() + (a == b).double() / 2", "(a > b).double()"),
+]
+
+TYPES: list[Row] = [
+    ("the response mask is one token too long", "steps < self.response_lens[:, None]", "steps <= self.response_lens[:, None]"),
+    (
+        "response ids start with the prompt's last token",
+        "(self.prompt_lens[:, None] + steps)",
+        "(self.prompt_lens[:, None] - 1 + steps)",
+    ),
+    ("response length counts the prompt", "prompt_lens, lengths - prompt_lens, finished)", "prompt_lens, lengths, finished)"),
+    ("every text is finished", "[row.finished for row in rows]", "[True for row in rows]"),
+    ("selected rows keep the first rows' prompt lengths", "self.prompt_lens[index],", "self.prompt_lens[: len(index)],"),
+    ("selected rows keep the first rows' finish flags", "self.finished[index],", "self.finished[: len(index)],"),
+    (
+        "selected rows keep the first rows' sampler log-probabilities",
+        "logprobs[index, :response_width]",
+        "logprobs[: len(index), :response_width]",
+    ),
+    ("selected experience keeps the first rows' scores", "scores=self.scores[index]", "scores=self.scores[: len(index)]"),
+    (
+        "selected experience keeps the first rows' tensors",
+        "getattr(self, f.name)[index, :width]",
+        "getattr(self, f.name)[: len(index), :width]",
+    ),
+    (
+        "pads are the last token of the vocabulary",
+        "input_ids = torch.zeros(len(rows), width, dtype=torch.long)",
+        "input_ids = torch.full((len(rows), width), -1)",
+    ),
+]
+
+TEMPLATE: list[Row] = [
+    ("no EOS is appended", "return [*response_ids, self.eos_id]", "return response_ids"),
+    (
+        "a cut text gets a false EOS",
+        "ids = ids[:max_length] if truncated else ids",
+        "ids = [*ids[: (max_length or 1) - 1], self.eos_id] if truncated else ids",
+    ),
+    ("a cut text counts as finished", "prompt_len, not truncated)", "prompt_len, True)"),
+    ("a long prompt keeps its beginning", "head + ids[len(ids) - (limit - len(head)) :]", "head + ids[len(head) : limit]"),
+    ("a long prompt loses its BOS", "head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []", "head = ids[:0]"),
+    ("a space is added to a space", "prompt[-1].isspace() or response[0].isspace()", "prompt[-1].isspace()"),
+    ("a second BOS", "if self.bos_id is not None and ids[:1] != [self.bos_id]:", "if self.bos_id is not None:"),
+    ("no BOS", "            ids.insert(0, self.bos_id)", "            pass"),
+    ("the stop token of the text itself is dropped", "return response_ids[: first + 1]", "return response_ids[:first]"),
+    ("a second EOS", "if stops and not str(self.tokenizer.decode(", "if False and not str(self.tokenizer.decode("),
+    (
+        "prompt and response are tokenised together",
+        "ids = prompt_ids + self._end(self._response_ids(prompt, response, origin))",
+        "ids = self._ids(str(self.tokenizer.decode(prompt_ids)) + seam(prompt, response, ) + response) + [self.eos_id]",
+    ),
+    ("a tokenizer's own space gets into the middle", 'self.separator) + response, after="\\n")', "self.separator) + response)"),
+    ("special tokens show in the text", "skip_special_tokens=True", "skip_special_tokens=False"),
+    (
+        "the prompt's boundary is one too late",
+        "prompt_len = min(max(1, len(prompt_ids)), len(ids))",
+        "prompt_len = min(len(prompt_ids) + 1, len(ids))",
+    ),
+    (
+        "a prompt is ended by EOS",
+        "alone: list[int] = list(self.tokenizer(text, add_special_tokens=False).input_ids)",
+        "alone: list[int] = list(self.tokenizer(text).input_ids)",
+    ),
+    ("the model's stop ids are forgotten", "frozenset({self.eos_id, *map(int, stop_ids)})", "frozenset({self.eos_id})"),
+]
+
+ROLLOUT: list[Row] = [
+    ("the reference's temperature is left out", "actors.ref_policy(part, temperature=temperature)", "actors.ref_policy(part)"),
+    (
+        "the old policy's temperature is left out",
+        "actors.policy(part, temperature=temperature, with_entropy=True)",
+        "actors.policy(part, with_entropy=True)",
+    ),
+    ("KL of the reference against the policy", "kl = k1(logprobs, ref_logprobs)", "kl = k1(ref_logprobs, logprobs)"),
+    ("k3 in the reward", "kl = k1(logprobs, ref_logprobs)", "kl = k3(logprobs, ref_logprobs)"),
+    (
+        "the reference is the policy object",
+        "ref_logprobs[rows, :width], _ = actors.ref_policy(",
+        "ref_logprobs[rows, :width], _ = actors.policy(",
+    ),
+    (
+        "returns are taken after whitening",
+        "        advantages = whiten(advantages, mask, all_sum=world.all_sum)",
+        "        advantages = whiten(advantages, mask, all_sum=world.all_sum)\n        returns = advantages + values",
+    ),
+    ("advantages keep their mean", "whiten(advantages, mask, all_sum", "whiten(advantages, mask, shift_mean=False, all_sum"),
+    ("pads are whitened", "whiten(advantages, mask, all_sum", "whiten(advantages, torch.ones_like(mask), all_sum"),
+    (
+        "every response counts as finished",
+        "        sequences.finished,\n        score_clip",
+        "        torch.ones_like(sequences.finished),\n        score_clip",
+    ),
+    (
+        "the controller's coefficient is not used",
+        "token_rewards(scores, kl, mask, kl_coef)",
+        "token_rewards(scores, kl, mask, config.kl.coef)",
+    ),
+    (
+        "the raw score is the reward",
+        "token_rewards(scores, kl, mask, kl_coef)",
+        "token_rewards(raw_scores.to(kl), kl, mask, kl_coef)",
+    ),
+    (
+        "gamma and lambda are swapped",
+        "gae(rewards, values, mask, config.gamma, config.gae_lambda)",
+        "gae(rewards, values, mask, config.gae_lambda, config.gamma)",
+    ),
+    ("pads are decoded", "self.decode(ids[:length]) for", "self.decode(ids) for"),
+    (
+        "every iteration has the same random numbers",
+        'uniforms(seed, "rollout", iteration, places',
+        'uniforms(seed, "rollout", 0, places',
+    ),
+    (
+        "every iteration has the same prompts",
+        "range(iteration * batch_size, (iteration + 1) * batch_size)",
+        "range(0, batch_size)",
+    ),
+    ("entropy is averaged over pads", 'metrics["entropy"] /= metrics["length"]', 'metrics["entropy"] /= mask.shape[1]'),
+    ("a stale sample passes", "sequences.policy_version != iteration", "sequences.policy_version > iteration"),
+    ("values are not read", "= actors.value_model(part, per_token=True)", "= 0 * actors.value_model(part, per_token=True)"),
+]
+
+PEERS = "conformance/test_peer_errors.py::test_row_"
+RANKS: list[Row] = [
+    ("advantages are whitened per rank", "whiten(advantages, mask, all_sum=world.all_sum)", "whiten(advantages, mask)"),
+    (
+        "metrics are divided by the rank's own rows",
+        "world.all_sum(sums) / count).tolist()",
+        "world.all_sum(sums) / max(1, count // world.size)).tolist()",
+    ),
+    ("each rank scores other prompts than its own", "rows = [batch[place] for place in places]", "rows = batch[: len(places)]"),
+    (
+        "each rank has the first ranks' random numbers",
+        "iteration, places, config.max_new_tokens",
+        "iteration, range(len(places)), config.max_new_tokens",
+    ),
+]
+
+SPLIT: list[Row] = [
+    ("a policy loss per micro-batch", "config.clip_range, count)", "config.clip_range, int(mask.sum()))"),
+    ("a value loss per micro-batch", "config.value_clip_range, count)", "config.value_clip_range, int(mask.sum()))"),
+]
+
+TEMPERATURE: list[Row] = [
+    (
+        "the new policy's temperature is left out",
+        "trainables.policy(batch.sequences, temperature=config.temperature)",
+        "trainables.policy(batch.sequences)",
+    ),
+]
+
+UPDATE: list[Row] = [
+    ("every epoch has the same order", "iteration * config.ppo_epochs + progress.epoch)", "iteration)"),
+    (
+        "every minibatch is the first",
+        "order[progress.minibatch * config.minibatch :][: config.minibatch]",
+        "order[: config.minibatch]",
+    ),
+    ("micro-batches of the update differ from the rollout's", ".sort().values", ".flip(0)"),
+    ("the KL stop works upside down", "mean_kl > config.max_approx_kl", "mean_kl < config.max_approx_kl"),
+    ("the KL stop sums over epochs", "        progress.epoch_tokens = progress.epoch_approx_kl = 0.0\n", ""),
+    ("old values and returns are swapped", "batch.values, batch.returns, mask", "batch.returns, batch.values, mask"),
+    ("advantages are the value's target", "batch.values, batch.returns, mask", "batch.values, batch.advantages, mask"),
+    (
+        "a broken gradient of one model passes",
+        "math.isfinite(norm) and math.isfinite(value_norm)",
+        "math.isfinite(norm) or math.isfinite(value_norm)",
+    ),
+    (
+        "old log-probabilities are the new ones",
+        "new_logprobs, batch.logprobs, batch.advantages",
+        "new_logprobs, new_logprobs, batch.advantages",
+    ),
+    (
+        "only the first minibatch counts its tokens",
+        "count = int(response_lens[rows].sum())",
+        "count = int(response_lens[: len(rows)].sum())",
+    ),
+    (
+        "the other ranks' tokens are not counted",
+        "count = int(response_lens[rows].sum())",
+        "count = int(response_lens[rows][rows % world.size == world.rank].sum())",
+    ),
+    (
+        "the value model learns at the policy's rate",
+        "value_optimizer.step(trainables.value_learning_rate)",
+        "value_optimizer.step(trainables.policy_learning_rate or 0.0)",
+    ),
+]
+
+SAMPLING: list[Row] = [
+    ("the temperature is left out", "scaled = logits / temperature if temperature != 1.0 else logits", "scaled = logits"),
+    ("tokens of mass 0 at the edge", "(cumulative <= point[:, None])", "(cumulative < point[:, None])"),
+    ("tokens of mass 0 inside a block", "(inner_mass.cumsum(-1) <= (point", "(inner_mass.cumsum(-1) < (point"),
+    ("the mass is not normalised", "point = uniform.to(total.device) * total", "point = uniform.to(total.device)"),
+    ("the mass before the block is forgotten", "<= (point - before)[:, None]", "<= (point - 0 * before)[:, None]"),
+    ("the mass is summed in float32", "padded.sum(-1, dtype=torch.float64).cumsum(-1)", "padded.float().sum(-1).cumsum(-1)"),
+    ("rounding leaves the vocabulary", "torch.minimum(inner, last)", "inner.clamp(max=_BLOCK - 1)"),
+    ("log-probabilities without normalisation", "picked.squeeze(1) - total.log().to(picked.dtype)", "picked.squeeze(1)"),
+    ("numbers depend on the place in the batch", "np.array([0, 0, int(row), iteration]", "np.array([0, 0, place, iteration]"),
+    ("numbers are the same every iteration", "np.array([0, 0, int(row), iteration]", "np.array([0, 0, int(row), 0]"),
+    ("numbers are the same for every purpose", "np.array([seed, PURPOSES.index(purpose)]", "np.array([seed, 0]"),
+    ("greedy takes the least likely", "top = scaled.max(dim=-1, keepdim=True)", "top = scaled.min(dim=-1, keepdim=True)"),
+]
+
+NATIVE = "generation/test_native.py::test_"
+GREEDY = f"{NATIVE}greedy_in_a_padded_batch_is_generate_of_each_row_alone"
+FORWARD = f"{NATIVE}the_reported_logprobs_are_the_training_forwards"
+ENDS = f"{NATIVE}rows_end_at_the_first_stop_id_and_leave_the_batch {NATIVE}immediate_eos_and_the_length_limit"
+
+ROLES: list[Row] = [
+    ("the reference is not frozen", "self.requires_grad_(False).eval()", "self.eval()"),
+    ("the reference stays in training mode", "self.requires_grad_(False).eval()", "self.requires_grad_(False).train()"),
+    ("the score is read at the row's width", "self._score(last_states(hidden, sequences.lengths))", "self._score(hidden[:, -1])"),
+    ("the score does not see EOS", "last_states(hidden, sequences.lengths)", "last_states(hidden, sequences.lengths - 1)"),
+    (
+        "the value sees its own token",
+        "states = response_states(hidden, sequences.prompt_lens, mask.shape[1])[mask]",
+        "states = response_states(hidden, sequences.prompt_lens + 1, mask.shape[1])[mask]",
+    ),
+    ("the temperature is left out", "self.head, temperature=temperature, with_entropy", "self.head, with_entropy"),
+    (
+        "the temperature is left out where a model scales its logits",
+        "targets[mask], temperature=temperature, with_entropy=with_entropy)\n            else",
+        "targets[mask], with_entropy=with_entropy)\n            else",
+    ),
+    ("a model's own cap or scale is passed over", "self.own_logits = not _head_is_plain(model)", "self.own_logits = False"),
+    ("a cap is looked for in small logits", "output * 1e4", "output * 1.0"),
+    ("the old offset is not scaled", "self.set_offset(gain * self.offset + bias)", "self.set_offset(self.offset + bias)"),
+    ("the offset is not added", "squeeze(-1) + self.offset", "squeeze(-1)"),
+    ("the offset is not stored", "        self.model.config.score_offset = offset\n", ""),
+    ("the head's weight misses the root", "(head.in_features + 1) ** 0.5", "(head.in_features + 1)"),
+    ("a new value model does not start at 0", "head.weight.zero_()", "head.weight.fill_(0.1)"),
+    ("encoders pass as reward models", "        _check_score(model, self.head)\n", ""),
+    ("a value model of several labels passes", "if head.out_features != 1:", "if head.out_features < 1:"),
+]
+
+LOAD: list[Row] = [
+    ("dropout stays on", "            setattr(config, key, value)\n    for key in", "            pass\n    for key in"),
+    ("the saved policy samples with top_k 50", "top_k=0, top_p=1.0", "top_k=50, top_p=1.0"),
+    ("the saved policy forgets the temperature", "do_sample=True, temperature=temperature", "do_sample=True, temperature=1.0"),
+    (
+        "the scorer's pad is EOS",
+        'saved.add_special_tokens({"pad_token": PAD_TOKEN})\n    assert saved.pad_token_id == pad_id',
+        "saved.pad_token = saved.eos_token\n    pad_id = saved.pad_token_id",
+    ),
+    ("missing weights are filled with random numbers", "    names = sorted(missing)\n", "    names = sorted(missing)[:0]\n"),
+    ("the checkpoint's stop ids are forgotten", "sorted({tokenizer.eos_token_id, *listed})", "[tokenizer.eos_token_id]"),
+]
+
+CLASSIFIER: list[Row] = [
+    ("pads stand on the left", 'padding_side="right"', 'padding_side="left"'),
+    ("the response is cut off", 'tokenizer.truncation_side = "left"', 'tokenizer.truncation_side = "right"'),
+    ("a second BOS", "add_special_tokens=isinstance(prompt, str)", "add_special_tokens=True"),
+    ("always the first label", "logits[:, self._label].float()", "logits[:, 0].float()"),
+    ("the offset is forgotten", ".float() + self._offset)", ".float())"),
+    ("a decoder without a pad token reads the pad", "self._batch_size = 1  # without", "pass  # without"),
+    ("dropout is on while scoring", "model.requires_grad_(False).eval()", "model.requires_grad_(False).train()"),
+    (
+        "scores come back in the micro-batches' order",
+        "scores[rows] = self.reward_model(",
+        "scores[sorted(rows)] = self.reward_model(",
+    ),
+    (
+        "scores carry a gradient",
+        "    @torch.no_grad()\n    def score(self, sequences: Sequences, texts: Texts) -> Tensor:\n        dtype",
+        "    def score(self, sequences: Sequences, texts: Texts) -> Tensor:\n        dtype",
+    ),
+]
+
+SCORING_BASE: list[Row] = [
+    ("weights are left out", "weight * scorer.score(sequences, texts).cpu()", "scorer.score(sequences, texts).cpu()"),
+    ("the last term alone", "total = total + weight", "total = weight"),
+    ("infinite scores pass", "if not math.isfinite(value)]", "if math.isnan(value)]"),
+]
+
+SFT: list[Row] = [
+    ("the loss is on the prompt too", 'first = store.prompt_lens if loss_on == "response" else 1', "first = 1"),
+    (
+        "the loss is on all tokens",
+        '    if loss_on == "response":\n        return sequences',
+        '    if loss_on == "nothing":\n        return sequences',
+    ),
+]
+
+REWARD: list[Row] = [
+    ("margins are forgotten", "ranking_loss(scores, ranks, groups, margins=margins)", "ranking_loss(scores, ranks, groups)"),
+    ("the loss is a mean of micro-batch means", "(loss / count).backward()", "(loss / len(part)).backward()"),
+    ("ranks of other rows", "data.ranks[rows].to(model.device)", "data.ranks[: len(rows)].to(model.device)"),
+]
+
+PPO: list[Row] = [
+    ("a NaN passes the sampler's check", "if not gap <= limit:", "if gap > limit:"),
+    ("the reference may move", "if weights_hash(actors.ref_policy) != reference_hash:", "if reference_hash is None:"),
+    (
+        "the coefficient adapts while the policy stands still",
+        "            if trainables.policy_learning_rate is not None:  #",
+        "            if True:  #",
+    ),
+    ("the generator keeps its first weights", "actors.generator.sync(version=iteration)", "actors.generator.version = iteration"),
+    ("a policy that is not the reference passes", "1e-5) and not second_round:", "1e-5) and second_round:"),
+]
+
+MUTANTS: list[Mutant] = [
+    *_of("algo/masks.py", "algo/test_masks.py", MASKS),
+    *_of("algo/logprobs.py", "algo/test_logprobs.py", LOGPROBS),
+    *_of(
+        "algo/logprobs.py",
+        "models/test_roles.py::test_score_is_transformers_own_plus_offset_and_reads_eos",
+        [
+            (
+                "the score is read one before the last token",
+                "hidden[rows, lengths - 1]",
+                "hidden[rows, (lengths - 2).clamp(min=0)]",
+            )
+        ],
+    ),
+    *_of("algo/kl.py", "algo/test_kl.py", KL),
+    *_of("algo/advantages.py", "algo/test_advantages.py", ADVANTAGES),
+    *_of("algo/losses.py", "algo/test_losses.py", LOSSES),
+    *_of("algo/schedules.py", "algo/test_schedules.py", SCHEDULES),
+    *_of("algo/statistics.py", "algo/test_statistics.py", STATISTICS),
+    *_of("types.py", "test_types.py", TYPES),
+    *_of("data/template.py", "data/test_template.py", TEMPLATE),
+    *_of("stages/rollout.py", "stages/test_rollout.py", ROLLOUT),
+    *_of("stages/rollout.py", f"{PEERS}18_whitening_and_metrics_are_over_all_ranks", RANKS),
+    *_of("stages/update.py", "stages/test_update.py", UPDATE),
+    *_of("stages/update.py", f"{PEERS}17_gradients_do_not_depend_on_micro_batches", SPLIT),
+    *_of("stages/update.py", f"{PEERS}11_trained_tokens_are_the_sampled_ones_at_their_temperature", TEMPERATURE),
+    *_of("generation/sampling.py", "generation/test_sampling.py", SAMPLING),
+    *_of(
+        "generation/native.py",
+        GREEDY,
+        [
+            ("positions are not passed", '{"position_ids": positions} if self._takes_positions else {}', "{}"),
+            ("positions stand still", "positions = positions[:, -1:] + 1", "positions = positions[:, -1:]"),
+            ("pads at the left are attended to", "mask[row, width - len(prompt) :] = True", "mask[row, :] = True"),
+            ("no attention mask", '"attention_mask": mask.long(), ', ""),
+            ("a scaled or capped head is passed over", "if engine.own_logits:", "if False:"),
+        ],
+    ),
+    *_of(
+        "generation/native.py",
+        FORWARD,
+        [
+            (
+                "the temperature is left out",
+                "inverse_cdf(logits, uniform, self._temperature)",
+                "inverse_cdf(logits, uniform, 1.0)",
+            ),
+            (
+                "float64 is reported in float32",
+                "wide = torch.float64 if self._policy.compute_dtype is torch.float64 else torch.float32\n        logprobs",
+                "wide = torch.float32\n        logprobs",
+            ),
+        ],
+    ),
+    *_of(
+        "generation/native.py",
+        ENDS,
+        [
+            ("the end token is cut off", "token_logprobs.to(wide), step + 1", "token_logprobs.to(wide), step"),
+            ("every response counts as finished", "finished[rows[ended]] = True", "finished[:] = True"),
+            (
+                "a pad id counts as the end",
+                "ended = torch.isin(tokens, self._stop_ids)",
+                "ended = torch.isin(tokens, self._stop_ids) | (tokens == 0)",
+            ),
+            ("rows that ended go on", "            going = ~ended", "            going = torch.ones_like(ended)"),
+        ],
+    ),
+    *_of(
+        "generation/native.py",
+        f"{NATIVE}samples_depend_on_neither_batch_nor_order_nor_split",
+        [("the numbers of other rows", "uniforms[rows.cpu(), step]", "uniforms[: len(rows), step]")],
+    ),
+    *_of(
+        "generation/native.py",
+        f"{NATIVE}truncation_of_the_reference_vectors {NATIVE}stop_texts",
+        [
+            ("truncate_after is off by one", "if step < self._truncate_after:", "if step <= self._truncate_after:"),
+            ("a stop text of a split token is missed", "longest = max(len(text.encode()) for", "longest = min(1 for"),
+        ],
+    ),
+    *_of(
+        "generation/native.py",
+        f"{NATIVE}the_version_is_that_of_the_last_sync {NATIVE}the_bfloat16_copy_follows_sync_and_only_sync",
+        [
+            ("the sampler's weights are never renewed", "own.copy_(present)", "pass"),
+            ("samples carry no version", "sequences.policy_version = version", "sequences.policy_version = 0"),
+        ],
+    ),
+    *_of("models/roles.py", "models/test_roles.py", ROLES),
+    *_of("models/load.py", "models/test_load.py", LOAD),
+    *_of("scoring/model.py", "scoring/test_model.py", CLASSIFIER),
+    *_of("scoring/base.py", "scoring/test_base.py", SCORING_BASE),
+    *_of("stages/sft.py", "stages/test_sft.py", SFT),
+    *_of("stages/reward.py", "stages/test_reward.py", REWARD),
+    *_of("stages/ppo.py", "stages/test_ppo.py", PPO),
+]

@@ -1,0 +1,25 @@
+"""`tercet quickstart` reaches what it promises, by real training: the embedded world's truth is known, so this can be measured."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tercet.cli import app
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_embedded_world_is_learned_through_all_stages(tmp_path):
+    done = CliRunner().invoke(app, ["quickstart", "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    world = json.loads((tmp_path / "run/data/world.json").read_text())
+    assert summary["reward.eval_pairs"] >= 2_000
+    assert summary["reward.eval_accuracy"] >= world["ceiling"]["known"] - 0.03
+    assert summary["gold.ppo"] >= summary["gold.sft"] + summary["gold.sft_std"]
+    assert summary["gold.win_rate"] >= 0.75
+    assert summary["ppo.finished"] >= 0.95
+    assert summary["ppo.distinct2"] >= 0.7 * summary["sft.distinct2"]
+    assert "gold.ppo[new]" in summary  # topics never seen in training are reported apart
+    assert (tmp_path / "run/report.html").exists() and "report.html" in done.output.replace("\n", "")
