@@ -15,7 +15,11 @@ from conftest import tiny_config, write_tiny_data
 from tercet.fingerprint import VERSIONS
 
 GOLDEN = Path(__file__).with_name("golden.json")
-WATCHED = {"sft": ("loss", "grad_norm"), "reward": ("loss", "accuracy", "grad_norm"), "ppo": ("score", "kl", "value_loss", "grad_norm")}
+WATCHED = {
+    "sft": ("loss", "grad_norm"),
+    "reward": ("loss", "accuracy", "grad_norm"),
+    "ppo": ("score", "kl", "value_loss", "grad_norm"),
+}
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -41,7 +45,9 @@ def test_the_results_of_each_stage_are_those_of_its_version(stage, tmp_path_fact
     golden = json.loads(GOLDEN.read_text())
     assert golden["versions"][stage] == VERSIONS[stage], "write golden.json anew, see above"
     flat, wanted = _flat(cache[stage]), _flat(golden["results"][stage])
-    assert flat == pytest.approx(wanted, rel=1e-6, abs=1e-9), f"{stage} gives other results: was that wanted? Then bump its version"
+    assert flat == pytest.approx(wanted, rel=1e-6, abs=1e-9), (
+        f"{stage} gives other results: was that wanted? Then bump its version"
+    )
 
 
 _KEY: pytest.StashKey[dict[str, Any]] = pytest.StashKey()

@@ -23,9 +23,9 @@ class Sizes:
 
     pretrain: int = 14_000
     demonstrations: int = 2_400
-    comparisons: int = 12_000
+    comparisons: int = 20_000
     rankings: int = 500
-    eval_known: int = 2_500
+    eval_known: int = 5_000
     eval_new: int = 400
     eval_prompts_known: int = 160
     eval_prompts_new: int = 40

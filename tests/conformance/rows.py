@@ -65,12 +65,12 @@ PEERS = {
 FILES = {"test_notebook_errors.py": tuple(NOTEBOOK), "test_peer_errors.py": tuple(PEERS)}
 
 
-def tests_in(file: str) -> list[str]:
+def names_in(file: str) -> list[str]:
     """Names of the test functions of a file in this folder, in their order."""
     tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
-def tests_of(file: str, row: str) -> list[str]:
+def names_of(file: str, row: str) -> list[str]:
     """The tests of one row."""
-    return [name for name in tests_in(file) if name.startswith(f"test_{row}_")]
+    return [name for name in names_in(file) if name.startswith(f"test_{row}_")]

@@ -235,13 +235,15 @@ def test_row_13_rollouts_carry_no_gradient() -> None:
 
 
 def test_row_13_the_reward_is_tied_to_tokens() -> None:
-    """Summed over its tokens, a response's reward is its score minus the penalised KL."""
+    """Each token pays for its own KL; summed over its tokens, a response's reward is its score minus the penalised KL."""
     actors = tiny.actors_of()
     with torch.no_grad():
         actors.policy.model.transformer.wte.weight.mul_(1.1)
     experience = tiny.rollout_of(actors, tiny.ppo_config(), kl_coef=0.3).experience
-    kl = (experience.logprobs - experience.ref_logprobs).sum(1)
-    assert torch.allclose(experience.rewards.sum(1), experience.scores - 0.3 * kl, atol=1e-10) and kl.abs().max() > 1e-3
+    kl = experience.logprobs - experience.ref_logprobs
+    assert torch.allclose(experience.rewards.sum(1), experience.scores - 0.3 * kl.sum(1), atol=1e-10) and kl.abs().max() > 1e-3
+    for row, length in enumerate(experience.sequences.response_lens.tolist()):
+        assert torch.allclose(experience.rewards[row, : length - 1], -0.3 * kl[row, : length - 1], atol=1e-12)
 
 
 def test_row_13_pad_as_eos_hides_no_end() -> None:

@@ -177,7 +177,8 @@ def test_row_09_the_window_of_the_response_ends_with_its_last_token(eos: int) ->
     for name in ("logprobs", "rewards", "advantages", "returns", "values"):
         assert not getattr(experience, name)[~sequences.response_mask].any(), name
     gradient = first_step(experience, actors, config)[1]
-    experience.advantages[torch.arange(12), sequences.response_lens - 1] += 1.0  # the end's own advantage is in the loss
+    ended = sequences.finished.nonzero().squeeze(1)  # the end token's own advantage is in the loss
+    experience.advantages[ended, sequences.response_lens[ended] - 1] += 1.0
     assert tiny.largest_gap(first_step(experience, actors, config)[1], gradient) > 1e-3
 
 

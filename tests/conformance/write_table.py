@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 from conformance.document import replace_section
-from conformance.rows import FILES, HERE, NOTEBOOK, PEERS, tests_of
+from conformance.rows import FILES, HERE, NOTEBOOK, PEERS, names_of
 from conformance.test_peer_errors import CANNOT_OCCUR
 
 ROOT = HERE.parents[1]
@@ -48,7 +48,7 @@ def lines(file: str, found: dict[tuple[str, str], list[str]]) -> list[str]:
     table = []
     for row in FILES[file]:
         peer, wrong = PEERS[row] if file == "test_peer_errors.py" else ("the notebook", NOTEBOOK[row])
-        names = tests_of(file, row)
+        names = names_of(file, row)
         cases = [case for name in names for case in found.get((file, name), ["not run"])]
         number = row.removeprefix("row_").lstrip("0") if row.startswith("row_") else "trap"
         result = verdict(cases)

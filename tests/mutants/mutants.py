@@ -526,7 +526,6 @@ SFT: list[Row] = [
 
 REWARD: list[Row] = [
     ("margins are forgotten", "ranking_loss(scores, ranks, groups, margins=margins)", "ranking_loss(scores, ranks, groups)"),
-    ("the loss is a mean of micro-batch means", "(loss / count).backward()", "(loss / len(part)).backward()"),
     ("ranks of other rows", "data.ranks[rows].to(model.device)", "data.ranks[: len(rows)].to(model.device)"),
 ]
 
@@ -577,13 +576,13 @@ MUTANTS: list[Mutant] = [
             ("positions stand still", "positions = positions[:, -1:] + 1", "positions = positions[:, -1:]"),
             ("pads at the left are attended to", "mask[row, width - len(prompt) :] = True", "mask[row, :] = True"),
             ("no attention mask", '"attention_mask": mask.long(), ', ""),
-            ("a scaled or capped head is passed over", "if engine.own_logits:", "if False:"),
         ],
     ),
     *_of(
         "generation/native.py",
         FORWARD,
         [
+            ("a scaled or capped head is passed over", "if engine.own_logits:", "if False:"),
             (
                 "the temperature is left out",
                 "inverse_cdf(logits, uniform, self._temperature)",
@@ -598,15 +597,21 @@ MUTANTS: list[Mutant] = [
     ),
     *_of(
         "generation/native.py",
-        ENDS,
+        f"{PEERS}06_the_missing_end_penalty_goes_by_finish_reason",
         [
-            ("the end token is cut off", "token_logprobs.to(wide), step + 1", "token_logprobs.to(wide), step"),
-            ("every response counts as finished", "finished[rows[ended]] = True", "finished[:] = True"),
             (
                 "a pad id counts as the end",
                 "ended = torch.isin(tokens, self._stop_ids)",
                 "ended = torch.isin(tokens, self._stop_ids) | (tokens == 0)",
             ),
+        ],
+    ),
+    *_of(
+        "generation/native.py",
+        ENDS,
+        [
+            ("the end token is cut off", "token_logprobs.to(wide), step + 1", "token_logprobs.to(wide), step"),
+            ("every response counts as finished", "finished[rows[ended]] = True", "finished[:] = True"),
             ("rows that ended go on", "            going = ~ended", "            going = torch.ones_like(ended)"),
         ],
     ),
@@ -637,5 +642,10 @@ MUTANTS: list[Mutant] = [
     *_of("scoring/base.py", "scoring/test_base.py", SCORING_BASE),
     *_of("stages/sft.py", "stages/test_sft.py", SFT),
     *_of("stages/reward.py", "stages/test_reward.py", REWARD),
+    *_of(
+        "stages/reward.py",
+        "conformance/test_invariance.py::test_whole_stages_do_not_depend_on_micro_batches",
+        [("the loss is a mean of micro-batch means", "(loss / count).backward()", "(loss / len(part)).backward()")],
+    ),
     *_of("stages/ppo.py", "stages/test_ppo.py", PPO),
 ]

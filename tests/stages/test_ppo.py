@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,25 @@ def test_a_forward_that_does_not_repeat_is_refused_at_the_first_minibatch(tmp_pa
         train(actors, tiny.run_of(tmp_path))
     with pytest.raises(TercetError, match="first minibatch"):  # also where only the value model learns at first
         train(actors, tiny.run_of(tmp_path / "warm"), value_warmup_iterations=1, second_round=True)
+
+
+def test_a_gap_that_is_not_a_number_is_no_agreement() -> None:
+    rollout = tiny.rollout_of(tiny.actors_of(), tiny.ppo_config())
+    check_first_rollout(rollout, torch.float64, second_round=False)
+    rollout.metrics["sampler_logprob_gap"] = math.nan
+    with pytest.raises(TercetError, match="generator's log-probabilities differ"):
+        check_first_rollout(rollout, torch.float64, second_round=False)
+
+
+def test_the_generator_takes_over_the_weights_before_each_rollout(tmp_path: Path) -> None:
+    """It matters where the generator samples from a copy of its own, as under bfloat16."""
+    actors = tiny.actors_of()
+    calls: list[Any] = []
+    sync, sample = actors.generator.sync, actors.generator.sample
+    actors.generator.sync = lambda version: (calls.append(version), sync(version))[1]  # type: ignore[method-assign,func-returns-value]
+    actors.generator.sample = lambda *given: (calls.append("sample"), sample(*given))[1]  # type: ignore[method-assign,func-returns-value]
+    train(actors, tiny.run_of(tmp_path), iterations=3)
+    assert calls == [0, "sample", 1, "sample", 2, "sample"]
 
 
 def test_the_first_minibatch_check_names_the_numbers_and_knows_the_dtypes() -> None:
