@@ -229,7 +229,7 @@ def test_c_ppo_nears_the_optimum(tmp_path: Path) -> None:
     assert train(oracle, actors, tmp_path, 1.0, 40, 0, **options)["closed"] > 0.7
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("kl_coef", "wanted"), [(1.0, 0.97), (0.2, 0.97), (0.05, 0.95)])
 def test_c_ppo_closes_the_gap_to_the_optimum(tmp_path: Path, kl_coef: float, wanted: float, seed: int) -> None:
