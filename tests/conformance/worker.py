@@ -63,7 +63,7 @@ def ppo(run: StageRun, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def run_stage(stage: str, folder: Path, tokens: int, dtype: torch.dtype = torch.float64) -> None:
-    world = World.start(torch.device("cpu"))
+    world = World.start("cpu")
     run = tiny.run_of(folder, stage, world=world, dtype=dtype, tokens=tokens)
     found = {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, dtype)
     save_file({name: value.contiguous() for name, value in found.items()}, folder / f"rank{world.rank}.safetensors")
