@@ -59,7 +59,7 @@ def test_nothing_below_one(threads: int, tokens: int) -> None:
 class TestWorldOfOne:
     def test_it_is_its_own_first_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
-        world = World.start(torch.device("cpu"))
+        world = World.start("cpu")
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
 
     def test_sums_and_lists_are_what_it_put_in(self) -> None:
