@@ -52,16 +52,8 @@ def load_causal_lm(source: str, *, dropout: float = 0.0, trust_remote_code: bool
     """A causal language model in float32, on the CPU."""
     with _explained(source, "a causal language model"):
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), dropout)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        model, info = loaded
-        _check_complete(info["missing_keys"], source)
+        model, missing = _read(AutoModelForCausalLM, source, config, trust_remote_code)
+        _check_complete(missing, source)
         _check_causal(model, source)
     return model
 
@@ -72,17 +64,9 @@ def load_classifier(source: str, *, num_labels: int | None = None, trust_remote_
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), 0.0)
         if num_labels is not None:
             config.num_labels = num_labels
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        model, info = loaded
+        model, missing = _read(AutoModelForSequenceClassification, source, config, trust_remote_code)
         if num_labels is None:
-            _check_complete(info["missing_keys"], source)
+            _check_complete(missing, source)
     return model
 
 
@@ -161,6 +145,19 @@ def count_parameters(source: str, trust_remote_code: bool = False) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _read(auto_class: Any, source: str, config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The model in float32, never from a pickle, and the names of the weights that the checkpoint lacks."""
+    model, info = auto_class.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    return model, list(info["missing_keys"])
 
 
 def _check_complete(missing: Iterable[str], source: str) -> None:
