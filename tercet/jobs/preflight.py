@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from tercet.config import Config
 from tercet.config.ppo import RewardTerm
 from tercet.data.template import Template
-from tercet.jobs.workshop import prompt_records
+from tercet.jobs.workshop import check_room, prompt_records
 from tercet.models.load import (
     check_vocabulary,
     context_length,
@@ -137,13 +137,8 @@ def _check_lengths(config: Config, template: Template, base: str, records: Recor
                         f"{record.origin}: {len(row.ids)} tokens, but {base} has {positions} positions: lower {stage}.max_length to "
                         f"{positions}"
                     )
-    longest = longest_prompt + config.ppo.max_new_tokens
-    if records.get("ppo") and positions is not None and longest > positions:
-        raise TercetError(
-            f"data.max_prompt_length ({longest_prompt}) and ppo.max_new_tokens ({config.ppo.max_new_tokens}) make {longest} tokens, but "
-            f"the model has {positions} positions: lower one of them, for example "
-            f"data.max_prompt_length={max(1, positions - config.ppo.max_new_tokens)}"
-        )
+    if records.get("ppo"):
+        check_room(config, positions, "the model")
 
 
 def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, conversations: bool) -> None:
@@ -159,7 +154,7 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, conversat
         policy = load_causal_lm(config.ppo.policy, trust_remote_code=trust)
         check_vocabulary(policy, tokenizer, config.ppo.policy)
         _check_same_ids(config.ppo.policy, tokenizer, trust)
-        _check_positions(config, policy, config.ppo.policy)
+        check_room(config, context_length(policy), config.ppo.policy)
     for source, label in {(str(term.model), term.label) for term in terms if term.kind == "classifier"}:
         own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
         ClassifierScorer(load_classifier(source, trust_remote_code=trust), own, label=label, name=source)
@@ -185,12 +180,4 @@ def _check_same_ids(source: str, tokenizer: PreTrainedTokenizerBase, trust: bool
         raise TercetError(
             f"{source}: its tokenizer has other ids than the model's for {len(differing)} tokens, such as {differing[0]!r}: it would read "
             "another text; a reward model with a tokenizer of its own belongs into ppo.rewards as {kind: classifier, model: ...}"
-        )
-
-
-def _check_positions(config: Config, model: Any, source: str) -> None:
-    positions, longest = context_length(model), config.data.max_prompt_length + config.ppo.max_new_tokens
-    if positions is not None and longest > positions:
-        raise TercetError(
-            f"data.max_prompt_length and ppo.max_new_tokens make {longest} tokens, but {source} has {positions} positions: lower one"
         )

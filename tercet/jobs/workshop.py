@@ -95,14 +95,8 @@ class Workshop:
 
     def generator(self, policy: Policy) -> NativeGenerator:
         """A generator with the stop rules and the temperature of PPO; it checks that prompt and response fit the model."""
-        config, positions = self.config.ppo, context_length(policy.model)
-        longest = self.config.data.max_prompt_length + config.max_new_tokens
-        if positions is not None and longest > positions:
-            raise TercetError(
-                f"data.max_prompt_length ({self.config.data.max_prompt_length}) and ppo.max_new_tokens ({config.max_new_tokens}) make "
-                f"{longest} tokens, but the model has {positions} positions: lower one of them, for example "
-                f"data.max_prompt_length={max(1, positions - config.max_new_tokens)}"
-            )
+        config = self.config.ppo
+        check_room(self.config, context_length(policy.model), "the model")
         # A special token has no text; every other stop is looked for in the text, since tokens such as "end." may hold it.
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids))
         return NativeGenerator(
@@ -194,6 +188,16 @@ def prompt_records(config: Config, *, held_out: bool) -> list[Prompt]:
     if not data.eval_prompts:
         train, evaluation = split(train, data.held_out)
     return (evaluation or train)[: config.evaluation.prompts] if held_out else train
+
+
+def check_room(config: Config, positions: int | None, source: str) -> None:
+    """TercetError if the longest prompt and the longest response together exceed the positions of a model, named `source`."""
+    prompt, response = config.data.max_prompt_length, config.ppo.max_new_tokens
+    if positions is not None and prompt + response > positions:
+        raise TercetError(
+            f"data.max_prompt_length ({prompt}) and ppo.max_new_tokens ({response}) make {prompt + response} tokens, but {source} has "
+            f"{positions} positions: lower one of them, for example data.max_prompt_length={max(1, positions - response)}"
+        )
 
 
 def model_card(about: str) -> str:
