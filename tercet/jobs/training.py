@@ -5,6 +5,7 @@ A job runs in RUN/<stage>, leaves finished checkpoints there and returns the fig
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +26,10 @@ from tercet.models.load import (
 from tercet.models.roles import ScoreModel, init_score_head
 from tercet.runtime.checkpoint import replace_folder, write_json
 from tercet.scoring.bag_of_words import BagOfWords
-from tercet.stages.evaluate import respond
+from tercet.stages.evaluate import Judges, respond
 from tercet.stages.ppo import train_ppo
 from tercet.stages.reward import normalise, train_reward_model
-from tercet.stages.rollout import Actors
+from tercet.stages.rollout import Actors, PromptSet
 from tercet.stages.sft import train_sft
 from tercet.types import Demonstration, Sequences, TercetError
 
@@ -130,11 +131,15 @@ def run_ppo(shop: Workshop) -> Figures:
     _check_probe(shop)
     value_model = _value_model(shop)
     actors = Actors(policy, ref_policy, value_model, shop.generator(policy), shop.reward())
-    held_out, judges, sampling = shop.prompts(held_out=True), judges_of(shop, actors.scorer), sampling_of(shop)
+
+    @functools.cache  # the judges are loaded and fitted only where the run evaluates at all
+    def judging() -> tuple[PromptSet, Judges]:
+        return shop.prompts(held_out=True), judges_of(shop, actors.scorer)
 
     def evaluate(iteration: int) -> Figures:
+        held_out, judges = judging()
         actors.generator.sync(version=iteration)
-        rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling, shop.world)
+        rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling_of(shop), shop.world)
         return {f"eval_{key}" if key in ("score", "kl") else key: _mean_of(rows, key) for key in ("score", "kl", *judges.others)}
 
     metrics = train_ppo(
