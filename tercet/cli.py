@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,22 @@ def report(config: ConfigFile, settings: Set) -> None:
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="run folders, two or more")],
+    output: Annotated[Path, typer.Option(help="where to write the page")] = Path("compare.html"),
+) -> None:
+    """One page for several runs: verdicts, figures with intervals, settings that differ, curves."""
+    from tercet.report import write_comparison
+
+    try:
+        print(write_comparison(folders, output))
+    except (FileNotFoundError, ValueError) as error:
+        raise TercetError(str(error)) from None
+    except OSError as error:
+        raise TercetError(f"{output} cannot be written ({error.strerror}): choose another place with --output") from None
+
+
+@app.command()
 def doctor(config: ConfigFile, settings: Set) -> None:
     """Everything that can be known to be wrong before hours are spent."""
     from tercet.config import load_config
@@ -139,6 +156,11 @@ def _stopped_at_once() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _without_passwords(text: str) -> str:
+    """Messages quote what was configured, and libraries what they asked for: an address may hold a password."""
+    return re.sub(r"(:/{1,2})[^/\s@]+@", r"\1***@", text)
+
+
 def main() -> None:
     """Entry point: a TercetError is one message and status 2; an interrupted run says how to go on."""
     from tercet.runtime.interrupted import Interrupted
@@ -146,7 +168,7 @@ def main() -> None:
     try:
         app()
     except TercetError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_without_passwords(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Interrupted:
         print("stopped; the state is saved, and the same command goes on from here", file=sys.stderr)

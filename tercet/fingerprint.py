@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tercet.config import Config
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 # Bumped when a stage's results change for the same configuration and data; tests/test_golden.py holds the results.
-VERSIONS = {"pretrain": 1, "sft": 1, "reward": 1, "ppo": 1, "evaluate": 1}
+VERSIONS = {"pretrain": 1, "sft": 1, "reward": 1, "ppo": 1, "evaluate": 2}
 
 _SAMPLING = ["ppo.temperature", "ppo.max_new_tokens", "ppo.stop", "ppo.truncate_after", "data.prompts", "data.eval_prompts"]
 _COMMON = ["model", "seed", "machine.dtype", "data.max_prompt_length", "data.held_out"]
@@ -24,8 +25,12 @@ _DEPENDS = {
     "ppo": [*_COMMON, "ppo", "reward.use", "data.prompts", "data.eval_prompts"],
     "evaluate": ["seed", "evaluation", *_SAMPLING],
 }
-_NO_EFFECT = ("ppo.save_rollouts_every",)
-_MODELS = ("model.name", "reward.use", "ppo.policy", "ppo.value_model")  # names that may be folders, whose contents count
+# What evaluations inside the PPO stage depend on beside that; the rest of the section is of the stage after it.
+_INSIDE = [f"evaluation.{name}" for name in ("prompts", "greedy", "judges", "gold", "group_by", "main_group")]
+_NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit")
+# What may be named by a path here: folders with a model, "file.py:name". Their contents count, and not where they are kept.
+_PATHS: tuple[str, ...] = ("model.name", "reward.use", "ppo.policy", "ppo.value_model", "ppo.rewards")
+_PATHS += ("evaluation.policies", "evaluation.judges", "evaluation.gold")
 
 
 def fingerprints(
@@ -34,18 +39,19 @@ def fingerprints(
     """The fingerprint of each of the stages, given in order: {"version", "settings", "data", "upstream"}, all of it JSON."""
     flat = dict(_flatten(config.model_dump(mode="json")))
     prints: dict[str, dict[str, Any]] = {}
+    contents, folders = cache(_contents), cache(_contents_of_folder)  # several stages read the same files
     for stage in stages:
-        depends = [*_DEPENDS[stage], *(["evaluation"] if stage == "ppo" and config.ppo.evaluate_every else [])]
+        depends = [*_DEPENDS[stage], *(_INSIDE if stage == "ppo" and config.ppo.evaluate_every else [])]
         keys = [key for key in flat if _under(key, depends) and key not in _NO_EFFECT]
-        files = [key for key in keys if key.startswith("data.") and isinstance(flat[key], str)]
-        settings = {key: flat[key] for key in keys if key not in files}
+        settings: dict[str, Any] = {}
+        data: dict[str, Any] = {}
+        for key in keys:
+            if key.startswith("data.") and isinstance(flat[key], str):
+                data[key] = contents(flat[key])
+            else:
+                settings[key] = _named(flat[key], key, data, folders) if _under(key, _PATHS) else flat[key]
         if flat["machine.dtype"] == "auto":
             settings.pop("machine.dtype", None)
-        data: dict[str, Any] = {key: _contents(flat[key]) for key in files}
-        data |= {key: _contents_of_folder(Path(flat[key])) for key in keys if key in _MODELS and Path(str(flat[key])).is_dir()}
-        if stage in ("ppo", "evaluate"):
-            code = {text.rpartition(":")[0] for text in functions_of(config)}
-            data |= {file: _contents_of_code(Path(file)) for file in sorted(code) if file.endswith(".py")}
         if reward_callables and stage in ("ppo", "evaluate"):
             settings["reward function"] = [getattr(call, "__qualname__", repr(call)) for call in reward_callables]
         upstream = {name: digest(prints[name]) for name in stages[: stages.index(stage)]}
@@ -61,8 +67,34 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
         before, now = there[part], wanted[part]
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
-                detail = f"was {before.get(key)!r}, is {now.get(key)!r}" if part == "settings" else "changed"
-                yield f"{noun}{key} {detail}"
+                changed = f"changed{_files_of(before.get(key), now.get(key))}"
+                yield f"{noun}{key} " + (f"was {before.get(key)!r}, is {now.get(key)!r}" if part == "settings" else changed)
+
+
+def _files_of(before: Any, now: Any) -> str:
+    """Of two sets of files with their hashes, those that differ, in words; nothing where they are no such sets."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return ""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return f": {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def _named(value: Any, key: str, data: dict[str, Any], folders: Callable[[Path], dict[str, str]]) -> Any:
+    """The value with its paths replaced by names; what they hold is added to `data`, under the key."""
+    if isinstance(value, list):
+        return [_named(item, f"{key}.{place}", data, folders) for place, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {name: _named(item, f"{key}.{name}", data, folders) for name, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    file, _, function = value.rpartition(":")
+    if file.endswith(".py"):
+        data[f"{key} {Path(file).name}"] = _contents_of_code(Path(file))
+        return f"{Path(file).name}:{function}"
+    if Path(value).is_dir():
+        data[key] = folders(Path(value))
+        return Path(value).name
+    return value
 
 
 def functions_of(config: Config) -> list[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tercet.config import Config, parse_yaml, to_yaml
 from tercet.errors import TercetError
-from tercet.fingerprint import STAGES, differences, fingerprints, functions_of
+from tercet.fingerprint import STAGES, differences, digest, fingerprints, functions_of
 
 FOLDERS = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "ppo": "ppo", "evaluate": "evaluation"}
 
@@ -48,6 +51,7 @@ class Pipeline:
 
     def run(self, wanted: Sequence[str] | None = None, from_stage: str | None = None) -> RunResult:
         """Run the wanted stages (all of them by default) that are not finished; then write summary.json and report.html."""
+        from tercet.runtime.files import disk_errors_explained
         from tercet.runtime.lock import locked
         from tercet.runtime.progress import console
 
@@ -62,20 +66,30 @@ class Pipeline:
             raise TercetError(f"--from {from_stage}: the stages to run are {', '.join(chosen)}")
         redo = stages[stages.index(from_stage) :] if from_stage is not None else []
         prints = fingerprints(self.config, stages, self._callables)
-        with locked(self.folder):
-            to_do = [stage for stage in chosen if stage in redo or not self._is_done(stage, prints[stage])]
+        if redo and _read_json(self._redo_path) == _redo_mark(redo, prints):
+            redo = []  # this very command has cleared them already, and goes on now
+        with disk_errors_explained(self.folder):
+            to_do = self._to_do(chosen, redo, prints)
             self._require_upstream(stages, to_do, chosen, prints)
-            self._check_inputs(to_do)
-            self._clear(redo)
-            if not to_do:
-                console.print(f"{self.folder}: {', '.join(chosen)} finished already, nothing to do (redo with --from STAGE)")
-                if (self.folder / "report.html").exists() or wanted is not None:
-                    return RunResult(self.folder, self.summary())
+            self._check_inputs(to_do)  # before the lock: what is wrong is told without a trace in the run folder
+        with disk_errors_explained(self.folder), locked(self.folder) as is_main:
+            to_do = self._to_do(chosen, redo, prints)  # anew: another process may have ended since
+            if redo and is_main:
+                self._clear(redo)
             if to_do:
-                self._execute(to_do)
-            self.write_summary()
-            if wanted is None or "evaluate" in wanted:
-                self.write_report()
+                try:
+                    self._execute(to_do, redo)
+                except TercetError:
+                    self._explain_breakdown(stages)
+                    raise
+            else:
+                console.print(f"{self.folder}: {', '.join(chosen)} finished already, nothing to do (redo with --from STAGE)")
+            if is_main:
+                self._tidy(stages)
+                self.write_summary()
+                if (wanted is None or "evaluate" in wanted) and self._report_is_old(stages):
+                    self.write_report()
+                self._redo_path.unlink(missing_ok=True)
         return RunResult(self.folder, self.summary())
 
     def summary(self) -> dict[str, Any]:
@@ -83,11 +97,14 @@ class Pipeline:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def write_summary(self) -> None:
-        """Collect the figures of all finished stages into summary.json."""
-        from tercet.runtime.checkpoint import write_json
+        """Collect the figures of all finished stages, and what the verdict's rules make of them, into summary.json."""
+        from tercet.report import verdict_of
+        from tercet.runtime.files import write_json
 
         machine = self.config.machine
         figures: dict[str, Any] = {"seed": self.config.seed, "dtype": machine.dtype, "threads": machine.threads, "seconds": 0.0}
+        figures |= {"python": platform.python_version(), "machine": platform.platform(terse=True)}
+        figures |= {f"versions.{name}": _version(name) for name in ("tercet", "torch", "transformers")}
         for stage in self.stages():
             done = _read_json(self._done_path(stage))
             if done:
@@ -95,6 +112,16 @@ class Pipeline:
                 figures[f"{stage}.seconds"] = done["seconds"]
                 figures["seconds"] += done["seconds"]
         write_json(self.folder / "summary.json", figures)
+        write_json(self.folder / "summary.json", figures | {"verdict": verdict_of(self.folder)})
+
+    def _explain_breakdown(self, stages: Sequence[str]) -> None:
+        """Let the verdict and the report say what can be known of a stage that broke down. That must not hide why it did."""
+        from tercet.runtime.progress import console
+
+        if any((self.folder / FOLDERS[stage] / "metrics.jsonl").exists() for stage in stages):
+            with contextlib.suppress(OSError, TercetError):
+                self.write_summary()
+                console.print(f"what led to it: {self.write_report()}")
 
     def write_report(self) -> Path:
         from tercet.report import write_report
@@ -103,10 +130,11 @@ class Pipeline:
             raise TercetError(f"{self.folder}: there is no run here to report on: `tercet run CONFIG` makes one")
         return write_report(self.folder)
 
-    def _execute(self, stages: Sequence[str]) -> None:
+    def _execute(self, stages: Sequence[str], redo: Sequence[str]) -> None:
         from tercet.jobs.evaluation import run_evaluate
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
-        from tercet.runtime.checkpoint import seed_everything, write_json, write_text
+        from tercet.runtime.checkpoint import seed_everything
+        from tercet.runtime.files import write_json, write_text
         from tercet.runtime.interrupted import Interrupted
         from tercet.runtime.progress import console
         from tercet.runtime.stage import Interrupt
@@ -117,8 +145,10 @@ class Pipeline:
             if shop.world.is_main:
                 write_text(self.folder / "config.yaml", to_yaml(self.config))
             prints = fingerprints(self.config, self.stages(), self._callables)  # anew, because now the machine is chosen
+            if shop.world.is_main and redo:
+                write_json(self._redo_path, _redo_mark(redo, prints))
             for stage in stages:
-                if interrupt.requested:
+                if shop.world.any(interrupt.requested):
                     raise Interrupted
                 folder = self.folder / FOLDERS[stage]
                 if shop.world.is_main:
@@ -129,8 +159,7 @@ class Pipeline:
                 if shop.world.is_main:
                     done = {"fingerprint": prints[stage], "figures": figures, "seconds": time.monotonic() - began}
                     write_json(self._done_path(stage), done)
-                    for checkpoints in (folder / "checkpoints", folder / "judge/checkpoints"):
-                        shutil.rmtree(checkpoints, ignore_errors=True)
+                    self._tidy([stage])
                 shop.world.barrier()
                 shown = "  ".join(f"{key} {value:.3g}" for key, value in figures.items() if key in _HEADLINES)
                 console.print(f"[green]{stage}[/green] finished in {time.monotonic() - began:.0f} s  {shown}")
@@ -159,6 +188,9 @@ class Pipeline:
             console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {chosen}")
         return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables)
 
+    def _to_do(self, chosen: Sequence[str], redo: Sequence[str], prints: Mapping[str, Any]) -> list[str]:
+        return [stage for stage in chosen if stage in redo or not self._is_done(stage, prints[stage])]
+
     def _is_done(self, stage: str, wanted: dict[str, Any]) -> bool:
         """Whether the stage can be skipped; TercetError if what is there came from something else."""
         done = _read_json(self._done_path(stage))
@@ -186,6 +218,7 @@ class Pipeline:
         """Read every record, function and checkpoint that these stages will use: a mistake is told before anything is trained."""
         from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
         from tercet.jobs.preflight import check_models
+        from tercet.runtime.machine import resolve
         from tercet.scoring.function import load_function
 
         data = self.config.data
@@ -204,6 +237,8 @@ class Pipeline:
             for reference in functions_of(self.config):
                 load_function(reference)
         if stages:
+            machine = self.config.machine
+            resolve(machine.device, machine.dtype, 1, 1, parameters=0)  # a device that is not there
             made = self.config.model.scratch is None or Path(self._base).exists()
             check_models(self.config, stages, self._base if made else None, records)
 
@@ -213,12 +248,37 @@ class Pipeline:
         return str(self.folder / "pretrain/model") if self.config.model.scratch else str(self.config.model.name)
 
     def _clear(self, stages: Sequence[str]) -> None:
+        from tercet.runtime.files import remove_folder
+
         for stage in reversed(stages):  # if this is cut short, no stage is left that builds on one that is gone
             self._done_path(stage).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / FOLDERS[stage], ignore_errors=True)
+            remove_folder(self.folder / FOLDERS[stage])
+
+    def _tidy(self, stages: Sequence[str]) -> None:
+        """Remove what a finished stage needs no longer, and what a process that was killed just before doing so left behind."""
+        for stage in stages:
+            if self._done_path(stage).exists():
+                for checkpoints in ("checkpoints", "judge/checkpoints"):
+                    shutil.rmtree(self.folder / FOLDERS[stage] / checkpoints, ignore_errors=True)
+        for unfinished in self.folder.glob(".report.html.*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        for removed in self.folder.glob(".*.removed"):
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _report_is_old(self, stages: Sequence[str]) -> bool:
+        """Whether a stage has finished since the report was written, be it in a process that died before it could write one."""
+        report = self.folder / "report.html"
+        done = [self._done_path(stage) for stage in stages]
+        newest = max((path.stat().st_mtime_ns for path in done if path.exists()), default=0)
+        return not report.exists() or report.stat().st_mtime_ns < newest
 
     def _done_path(self, stage: str) -> Path:
         return self.folder / FOLDERS[stage] / "done.json"
+
+    @property
+    def _redo_path(self) -> Path:
+        """What `--from` has cleared in a run that is not over: the same command must go on from there and not begin anew."""
+        return self.folder / ".redo.json"
 
     def _check_rewards(self) -> None:
         if self.config.data.prompts and not (self.config.ppo.rewards or self._callables):
@@ -233,6 +293,17 @@ class Pipeline:
 
 
 _HEADLINES = ("pretrain.eval_loss", "sft.eval_loss", "reward.eval_accuracy", "ppo.train_score", "ppo.train_kl", "win_rate")
+
+
+def _redo_mark(redo: Sequence[str], prints: Mapping[str, Any]) -> dict[str, Any]:
+    return {stage: digest(prints[stage]) for stage in redo}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its sources
+        return "not installed"
 
 
 def _with_earlier_choices(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -41,8 +42,18 @@ def print_summary(result: RunResult) -> None:
     for key, label in (("win_rate", f"by {summary.get('win_rate_by', '')}"), ("gold.win_rate", "by the gold score")):
         if key in summary:
             console.print(f"PPO preferred to SFT {label}: {_interval(summary, key)}")
+    _print_verdict(summary.get("verdict", []), console)
     report = result.folder / "report.html"
     console.print(f"report: {report}" if report.exists() else f"run folder: {result.folder}")
+
+
+def _print_verdict(verdict: Sequence[Mapping[str, str]], console: Console) -> None:
+    """What is wrong, worst first, each with what to do; else that nothing is."""
+    faults = [finding for finding in verdict if finding["severity"] != "ok"]
+    for finding in faults or verdict[:1]:
+        colour = {"error": "red", "warning": "yellow", "ok": "green"}[finding["severity"]]
+        console.print(f"[{colour}]{'verdict' if finding['severity'] == 'ok' else finding['severity']}[/]: ", end="")
+        console.print(f"{finding['sentence']} {finding['advice']}".strip(), markup=False)
 
 
 def _interval(summary: Any, key: str) -> str:

@@ -74,7 +74,7 @@ def tiny_config(data: Path, output: Path) -> dict[str, Any]:
             "kl": {"controller": "adaptive", "coef": 0.1, "target": 1.0, "horizon": 100},
             "save_rollouts_every": 1,
         },
-        "evaluation": {"prompts": 8},
+        "evaluation": {"prompts": 8, "best_of_prompts": 2, "best_of_samples": 8},
         "checkpoint": {"every": 2},
         "machine": {"device": "cpu", "dtype": "float32", "threads": 1, "microbatch_tokens": 256},
     }

@@ -23,7 +23,20 @@ from tercet.config import load_config
 from tercet.pipeline import Pipeline
 
 ROOT = Path(tercet.__file__).parents[1]
-COMMANDS = ["init", "run", "pretrain", "sft", "reward", "ppo", "evaluate", "report", "doctor", "generate", "quickstart"]
+COMMANDS = [
+    "init",
+    "run",
+    "pretrain",
+    "sft",
+    "reward",
+    "ppo",
+    "evaluate",
+    "report",
+    "compare",
+    "doctor",
+    "generate",
+    "quickstart",
+]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -63,6 +76,16 @@ def test_help_of_each_command(name: str) -> None:
 
 def test_the_list_of_commands_is_complete() -> None:
     assert sorted(info.callback.__name__ for info in cli.app.registered_commands if info.callback) == sorted(COMMANDS)
+
+
+def test_compare_writes_one_page_for_several_runs(run_copy: Path, finished_run: Path, tmp_path: Path, command: Call) -> None:
+    page = tmp_path / "pages/two.html"
+    status, out, _ = command("compare", str(run_copy), str(finished_run), "--output", str(page))
+    assert status == 0 and str(page) in out.replace("\n", "") and "2 runs side by side" in page.read_text(encoding="utf-8")
+    status, _, error = command("compare", str(run_copy), "--output", str(page))
+    assert status == 2 and "2 to 6 runs, not 1" in error
+    status, _, error = command("compare", str(run_copy), str(tmp_path / "nowhere"), "--output", str(page))
+    assert status == 2 and "no such run folder" in error
 
 
 def test_init_writes_a_file_that_loads_and_never_overwrites(tmp_path: Path, command: Call) -> None:

@@ -17,7 +17,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs/metrics.md"
 NEVER_HERE = {"skipped"}  # of the supervised stages: written only after a gradient that was not finite
 NAMES = {
     "STAGE": "(pretrain|sft|reward|ppo|evaluate)",
-    "POLICY": "(base|sft|ppo)",
+    "POLICY": "(base|sft|ppo|best|other)",
     "JUDGE": "(judge|bag_of_words|gold|mine)",
     "GROUP": "(rain|snow)",
     "KEY": r"[\w.]+",
@@ -53,7 +53,10 @@ def rich_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Pretraining, 600 comparisons and hence a judge, further judges, groups, evaluations during PPO."""
     folder = tmp_path_factory.mktemp("rich")
     prompts = [{"prompt": f"What is {i}?", "kind": "rain" if i % 2 else "snow"} for i in range(120)]
-    pairs = [{"prompt": f"What is {i}?", "chosen": "It is fine.", "rejected": "It is"} for i in range(600)]
+    pairs = [{"prompt": f"What is {i}?", "chosen": "It is fine.", "rejected": "It is", "source": "web"} for i in range(300)]
+    pairs += [
+        {"prompt": f"What is {i}?", "chosen": "It is", "rejected": "It is a long story.", "source": "staff"} for i in range(300)
+    ]
     texts = [{"text": f"The number {i} is warm."} for i in range(40)]
     for name, records in (("prompts", prompts), ("pairs", pairs), ("texts", texts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -67,6 +70,7 @@ def rich_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     values["ppo"] |= {"iterations": 2, "evaluate_every": 1}
     judges = {"mine": {"kind": "function", "function": function}}
     values["evaluation"] |= {"judges": judges, "gold": function, "group_by": "kind", "prompts": 20}
+    values["evaluation"] |= {"policies": {"other": str(finished_run / "ppo/model")}, "best_of_prompts": 2, "best_of_samples": 8}
     values["machine"]["microbatch_tokens"] = 2048
     tercet.run({**values, "output": str(folder / "run")})
     return folder / "run"
@@ -99,7 +103,7 @@ def test_every_file_of_figures_is_in_the_document(rich_run: Path) -> None:
     files = {
         file
         for file in files
-        if "value" not in Path(file).parts and not file.endswith(("done.json", "started.json", "probe.json"))
+        if not {"value", "best"} & set(Path(file).parts) and not file.endswith(("done.json", "started.json", "probe.json"))
     }
     known = {file for file in documented() if "/" in file} | {"summary.json"}
     assert {file for file in files if not file.endswith("timings.jsonl")} == known

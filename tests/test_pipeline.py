@@ -76,9 +76,9 @@ class TestAFinishedRun:
         parts = {
             "pretrain": own | {f"model/{name}" for name in policy},
             "sft": own | lines | {f"model/{name}" for name in policy},
-            "reward": own | lines | {"held_out.json", "probe.json"} | {f"model/{name}" for name in scorer},
+            "reward": own | lines | {"held_out.json", "card.json", "probe.json"} | {f"model/{name}" for name in scorer},
             "ppo": own | lines | {"rollouts.jsonl"} | {f"model/{n}" for n in policy} | {f"value/{n}" for n in scorer},
-            "evaluation": own | {"policies.json", "wins.json", "samples.jsonl"},
+            "evaluation": own | {"policies.json", "wins.json", "path.json", "best_of_n.json", "samples.jsonl"},
         }
         wanted |= {f"{stage}/{name}" for stage, names in parts.items() for name in names}
         assert set(files(finished_run)) == wanted
@@ -304,7 +304,7 @@ class TestLock:
         assert holder.stdin is not None and holder.stdout is not None
         try:
             assert holder.stdout.readline() == b"held\n"
-            with pytest.raises(TercetError, match=rf"in use by process {holder.pid}: wait for it, or choose another output"):
+            with pytest.raises(TercetError, match=rf"in use by process {holder.pid} on \S+: wait for it, or choose another output"):
                 run(settings)
         finally:
             holder.communicate(b"", timeout=20)
@@ -472,3 +472,21 @@ def test_the_second_reward_model_leaves_no_checkpoints(settings: dict[str, Any],
     run(values, ["reward"])
     assert (folder / "reward/judge/model/model.safetensors").exists()
     assert not list(folder.rglob("checkpoints"))
+
+
+def test_a_run_that_breaks_down_leaves_a_report_that_tells_what_led_to_it(
+    run_copy: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PPO fails in its second iteration: the error is raised, and summary and report are of what there is."""
+    from tercet.stages import ppo
+
+    def broken(metrics: dict[str, Any], run: Any) -> None:
+        if metrics["iteration"] == 2:
+            raise TercetError("broken down")
+
+    monkeypatch.setattr(ppo, "_stop_if_broken", broken)
+    with pytest.raises(TercetError, match="^broken down$"):
+        Pipeline(load_config(settings)).run(from_stage="ppo")
+    summary = json.loads((run_copy / "summary.json").read_text())
+    assert "sft.eval_loss" in summary and "ppo.train_score" not in summary and summary["verdict"]
+    assert (run_copy / "report.html").stat().st_mtime_ns >= (run_copy / "ppo/metrics.jsonl").stat().st_mtime_ns

@@ -39,8 +39,9 @@ def test_every_record_can_be_read(name, read, tmp_path):
 
 
 def test_the_settings_are_a_valid_configuration():
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
-    config = load_config({"model": {"name": "gpt2"}, **yaml.safe_load(block)})
+    rewards, adapter = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", README, flags=re.S))
+    config = load_config({"model": {"name": "gpt2", **adapter["model"]}, **rewards})
+    assert config.model.adapter is not None
     assert [term.kind for term in config.ppo.rewards] == ["stage", "classifier", "function"]
 
 

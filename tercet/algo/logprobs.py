@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from tercet.algo.masks import at_least_float32
-
-Head = Callable[[Tensor], Tensor]
-"""The output head: states (n, D) -> logits (n, V)."""
 
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
@@ -48,7 +44,6 @@ def logits_logprobs(
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
     if not with_entropy:
         return logprobs, None
-    # After logprobs, so that a checkpoint's recomputation stops before it.
     with torch.no_grad():
         every = logits - log_z[:, None]
         # A token of probability 0 has logit -inf: 0 * -inf would be NaN.
@@ -59,32 +54,79 @@ def logits_logprobs(
 def token_logprobs(
     states: Tensor,
     targets: Tensor,
-    head: Head,
+    head: nn.Module,
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    chunk_elements: int = 4_000_000,
+    chunk_elements: int = 8_000_000,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (and entropies) of target tokens, never holding more than chunk_elements logits at a time.
 
-    states (N, D); targets (N,) int64; head: (n, D) -> logits (n, V), each row on its own. Runs in chunks of rows; each is
+    states (N, D); targets (N,) int64; head: a module (n, D) -> logits (n, V), each row on its own. Runs in chunks of rows; each is
     recomputed in the backward pass, so memory does not grow with N x V there either. Returns as `logits_logprobs`.
     """
-
-    def chunk_logprobs(rows: Tensor, row_targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        return logits_logprobs(head(rows), row_targets, temperature, with_entropy)
-
+    weights = tuple(head.parameters())
     with torch.no_grad():
-        vocabulary = head(states[:1]).shape[-1]
+        vocabulary = head.out_features if isinstance(head, nn.Linear) else head(states[:1]).shape[-1]
     chunk_rows = max(1, chunk_elements // vocabulary)
     if len(states) <= chunk_rows:
-        return chunk_logprobs(states, targets)
-    results: list[tuple[Tensor, Tensor | None]] = []
-    for start in range(0, len(states), chunk_rows):
-        rows, row_targets = states[start : start + chunk_rows], targets[start : start + chunk_rows]
-        if torch.is_grad_enabled():
-            results.append(checkpoint(chunk_logprobs, rows, row_targets, use_reentrant=False, preserve_rng_state=False))
-        else:
-            results.append(chunk_logprobs(rows, row_targets))
-    entropies = [entropy for _, entropy in results if entropy is not None]
-    return torch.cat([logprobs for logprobs, _ in results]), torch.cat(entropies) if with_entropy else None
+        return logits_logprobs(head(states), targets, temperature, with_entropy)
+    entropies: list[Tensor] | None = [] if with_entropy else None
+    logprobs: Tensor = _InChunks.apply(  # type: ignore[no-untyped-call]
+        states, targets, head, temperature, chunk_rows, entropies, *weights
+    )
+    return logprobs, None if entropies is None else torch.cat(entropies)
+
+
+class _InChunks(torch.autograd.Function):
+    """`logits_logprobs` of the head's output, a chunk of rows at a time.
+
+    d logprob / d logits = (onehot(target) - softmax) / temperature, which is written over the recomputed logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        targets: Tensor,
+        head: nn.Module,
+        temperature: float,
+        rows: int,
+        entropies: list[Tensor] | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(states, targets, *weights)
+        ctx.head, ctx.temperature, ctx.rows = head, temperature, rows
+        ctx.autocast = torch.is_autocast_enabled(states.device.type)
+        logprobs = []
+        for part, wanted in zip(torch.split(states, rows), torch.split(targets, rows)):
+            own, entropy = logits_logprobs(head(part), wanted, temperature, entropies is not None)
+            logprobs.append(own)
+            if entropies is not None and entropy is not None:
+                entropies.append(entropy)
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        states, targets, *weights = ctx.saved_tensors
+        wanted_weights = [weight for weight in weights if weight.requires_grad]
+        kind = states.device.type
+        state_gradients, sums = [], None
+        chunks = zip(*(torch.split(tensor, ctx.rows) for tensor in (states, targets, gradients[0])))
+        for part, target, gradient in chunks:
+            with torch.enable_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=ctx.autocast):
+                part = part.detach().requires_grad_()
+                logits = ctx.head(part)
+            slope = at_least_float32(logits.detach()) / ctx.temperature
+            slope = torch.softmax(slope, dim=-1).mul_(-gradient[:, None])
+            slope.scatter_add_(1, target[:, None], gradient[:, None].to(slope.dtype))
+            slope = slope.div_(ctx.temperature).to(logits.dtype)
+            own, *found = torch.autograd.grad(logits, [part, *wanted_weights], slope)
+            state_gradients.append(own)
+            sums = found if sums is None else [total.add_(more) for total, more in zip(sums, found)]
+        each = iter(sums or ())
+        return (
+            torch.cat(state_gradients),
+            *[None] * 5,
+            *[next(each) if weight.requires_grad else None for weight in weights],
+        )

@@ -1,12 +1,15 @@
-"""Figures for evaluation: best-of-n, diversity, win rates and their intervals. Tensors in, Python floats out."""
+"""Figures for evaluation: best-of-n and its limit, diversity, win rates and their intervals, over-optimisation. Tensors in, floats out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+RESAMPLES = 2000
 
 
 def best_of_n(scores: Tensor, values: Tensor, n: int) -> float:
@@ -55,7 +58,7 @@ def pair_accuracy(better: Tensor, worse: Tensor) -> float:
     return win_rate(better, worse)
 
 
-def bootstrap_interval(values: Tensor, seed: int, samples: int = 2000, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(values: Tensor, seed: int, samples: int = RESAMPLES, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean of values, resampling rows.
 
     values (N,), or (N, ...) where what belongs to one row (the samples of a prompt) is drawn together; N >= 1. The same seed
@@ -70,3 +73,126 @@ def bootstrap_interval(values: Tensor, seed: int, samples: int = 2000, level: fl
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(means, tail).tolist()
     return low, high
+
+
+def resamples(count: int, seed: int, samples: int = RESAMPLES, chunk: int = 200) -> Iterator[Tensor]:
+    """How often each of `count` rows is drawn in each bootstrap resample: parts of (samples, count) float64, `chunk` rows at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, samples, chunk):
+        size = min(chunk, samples - start)
+        drawn = torch.randint(count, (size, count), generator=generator)
+        yield torch.zeros(size, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(size, count, dtype=torch.float64))
+
+
+def percentiles(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The ends of the central `level` of the values (S,)."""
+    low, high = torch.quantile(values.double(), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def cluster_interval(sums: Tensor, counts: Tensor, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of sums.sum() / counts.sum(), resampling rows (C,): what hangs together, such as the pairs of one prompt.
+
+    ValueError: no rows.
+    """
+    if len(sums) == 0:
+        raise ValueError("a bootstrap interval needs at least one value")
+    sums, counts = sums.double(), counts.double()
+    return percentiles(torch.cat([(drawn @ sums) / (drawn @ counts) for drawn in resamples(len(sums), seed)]))
+
+
+def length_controlled_win_rate(outcomes: Tensor, differences: Tensor, seed: int) -> tuple[float, float, float]:
+    """(rate, low, high): the win rate that is expected where both responses are equally long, with a 95 % bootstrap interval.
+
+    outcomes (N,): 1 won, 0.5 a tie, 0 lost; differences (N,): tokens of ours minus tokens of theirs. A logistic regression of the
+    outcome on an intercept and on tanh(difference / its standard deviation), read off at difference 0, the main term of
+    length-controlled AlpacaEval (Dubois 2024). One tie at difference 0 and a wide normal prior on the slope (standard deviation
+    10) keep it finite where every comparison was won. ValueError: no rows.
+    """
+    if len(outcomes) == 0:
+        raise ValueError("a win rate needs at least one comparison")
+    outcomes, differences = outcomes.double(), differences.double()
+    spread = differences.std(correction=0)
+    lengths = torch.tanh(differences / spread) if spread > 0 else torch.zeros_like(differences)
+    whole = _regression(
+        outcomes, lengths, torch.ones(1, len(outcomes), dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    )
+    drawn = [_regression(outcomes, lengths, counts, whole)[0] for counts in resamples(len(outcomes), seed)]
+    return float(whole[0].sigmoid()), *percentiles(torch.cat(drawn).sigmoid())
+
+
+def _regression(outcomes: Tensor, lengths: Tensor, counts: Tensor, start: Tensor) -> Tensor:
+    """Intercept and slope (2, S) of each of the regressions weighted by counts (S, N), by Newton's method from `start` (2, 1)."""
+    intercept, slope = start.expand(2, len(counts))
+    for _ in range(50):
+        chance = torch.sigmoid(intercept[:, None] + slope[:, None] * lengths)
+        tie = torch.sigmoid(intercept)
+        misses = counts * (chance - outcomes)
+        gradient = misses.sum(1) + (tie - 0.5), misses @ lengths + slope / 100
+        curvature = counts * chance * (1 - chance)
+        first = curvature.sum(1) + tie * (1 - tie)
+        mixed, second = curvature @ lengths, curvature @ lengths**2 + 1 / 100
+        scale = first * second - mixed**2
+        # A full Newton step can overshoot where chances are near 0 or 1; two units are far on a log-odds scale.
+        steps = torch.stack([second * gradient[0] - mixed * gradient[1], first * gradient[1] - mixed * gradient[0]]) / scale
+        intercept, slope = intercept - steps[0].clamp(-2, 2), slope - steps[1].clamp(-2, 2)
+        if float(steps.abs().max()) < 1e-6:  # Newton's next step would be about its square
+            break
+    return torch.stack([intercept, slope])
+
+
+def tilted(scores: Tensor, values: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
+    """What the best policy for score - beta * KL reaches, by importance weights on samples: its value and KL on each prompt, (P,), and
+    the effective number of samples.
+
+    scores, values (P, N): N samples of each of P prompts from the reference. The optimum is the reference times exp(score / beta), made
+    to sum to one for each prompt (Korbak 2022). The effective number of samples of a prompt is 1 / sum of its squared weights; given is
+    the harmonic mean over prompts, by which the variance of the mean over prompts goes.
+    """
+    log_weights = (scores.double() / beta).log_softmax(1)
+    weights = log_weights.exp()
+    # KL = E[log w] with w relative to 1 / N, the weight of a sample of the reference.
+    divergence = (weights * (log_weights + math.log(scores.shape[1]))).sum(1)
+    effective = len(scores) / weights.square().sum().item()
+    return (weights * values.double()).sum(1), divergence, effective
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where a judge turns down: the place of its peak among the evaluations, with a 95 % interval; how far the judge falls from there
+    to the end and how far the score rises, means over prompts, the fall with a 95 % interval."""
+
+    peak: int
+    low: int
+    high: int
+    fall: float
+    fall_low: float
+    fall_high: float
+    rise: float
+
+
+def turning_point(judge: Tensor, scores: Tensor, seed: int) -> Turn | None:
+    """The point after which a judge's mean falls while the trained score goes on rising (Gao 2022); None where there is none.
+
+    judge, scores (E, N): E evaluations in order, on the same N prompts. The highest of several noisy means lies above the last one by
+    chance alone. So the fall is cross-fitted: for the prompts of even place the peak is that of the prompts of odd place, and the other
+    way round; the fall is the mean over all prompts. It counts if its bootstrap interval over prompts lies above 0, and that of the
+    score's change from the same peaks does too.
+    """
+    count = judge.shape[1]
+    if len(judge) < 3 or count < 4:
+        return None
+    judge, scores = judge.double(), scores.double()
+    even = torch.arange(count) % 2 == 0
+    peaks = torch.where(even, judge[:, ~even].mean(1).argmax(), judge[:, even].mean(1).argmax())
+    rows = torch.arange(count)
+    falls, rises = judge[peaks, rows] - judge[-1], scores[-1] - scores[peaks, rows]
+    low, high = bootstrap_interval(falls, seed)
+    if low <= 0 or bootstrap_interval(rises, seed)[0] <= 0:
+        return None
+    places = torch.cat([(drawn @ judge.T).argmax(1) for drawn in resamples(count, seed)])
+    first, last = percentiles(places)
+    peak = int(judge.mean(1).argmax())
+    return Turn(
+        peak, min(peak, math.floor(first)), max(peak, math.ceil(last)), float(falls.mean()), low, high, float(rises.mean())
+    )

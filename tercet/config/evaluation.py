@@ -7,19 +7,25 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tercet.config.ppo import RewardTerm
-from tercet.config.section import Section, setting
+from tercet.config.section import Path, Section, setting
 
 Count = Annotated[int, Field(ge=1)]
-# What evaluation itself calls the columns of a response and the judges that it makes.
-_TAKEN = ("score", "judge", "bag_of_words", "gold", "kl", "entropy", "place", "response", "ids", "length", "finished")
+# What evaluation itself calls the columns of a response and the judges that it makes, and the policies.
+_TAKEN = {"score", "judge", "bag_of_words", "gold", "kl", "entropy", "place", "response", "ids", "length", "finished"}
+_TAKEN |= {"surprisal", "draw", "win_rate", "perplexity", "base", "sft", "ppo", "best"}
 
 
 class EvaluationConfig(Section):
-    """Responses to held-out prompts of the base model, SFT and PPO, with the same random numbers."""
+    """Responses to held-out prompts of the base model, SFT, PPO and other policies, with the same random numbers."""
 
     prompts: int = setting(500, "held-out prompts used at most", ge=1)
     greedy: bool = setting(False, "take the likeliest token instead of sampling at the training temperature")
     judges: dict[str, RewardTerm] = setting({}, "further judges by name, beside the reward model and the second reward model")
+    policies: dict[str, Path] = setting({}, "further policies by name: checkpoints that read this model's token ids")
+    best_of_prompts: int = setting(
+        16, "held-out prompts on which best-of-n from SFT's samples is measured, what PPO is compared with; 0: off", ge=0
+    )
+    best_of_samples: int = setting(64, "samples for each of them; best-of-n is given for n up to 64 of them", ge=1)
     gold: str | None = setting(None, "where the truth is known: file.py:name or module:name, a function as in ppo.rewards")
     group_by: str | None = setting(None, "a field of the prompts; each of its values is reported apart")
     main_group: str | None = setting(
@@ -30,9 +36,15 @@ class EvaluationConfig(Section):
     def _fits(self) -> EvaluationConfig:
         if self.main_group is not None and self.group_by is None:
             raise ValueError(f"main_group is {self.main_group!r} but group_by is empty: name the field that it is a value of")
-        taken = next((name for name in self.judges if name in _TAKEN), None)
-        if taken is not None:
-            raise ValueError(f"judges: the name {taken!r} means something else already: call it my_{taken}, for example")
+        for field, names in (("judges", list(self.judges)), ("policies", list(self.policies))):
+            taken = next((name for name in names if name in _TAKEN), None)
+            if taken is not None:
+                raise ValueError(f"{field}: the name {taken!r} means something else already: call it my_{taken}, for example")
+        odd = next(
+            (name for name in self.policies if not name.replace("_", "").replace("-", "").isalnum() or name in self.judges), None
+        )
+        if odd is not None:
+            raise ValueError(f"policies: the name {odd!r} should be letters, digits, - and _, and no judge's name: rename it")
         return self
 
 
@@ -40,7 +52,10 @@ class CheckpointConfig(Section):
     """Exact-resume state, written while a stage runs."""
 
     every: int = setting(50, "optimizer steps (PPO: iterations) between checkpoints", ge=1)
-    keep: int = setting(2, "checkpoints kept per stage", ge=1)
+    every_minutes: float | None = setting(
+        30.0, "and as soon as this many minutes have passed since the last one; empty: by steps alone", gt=0
+    )
+    keep: int = setting(2, "newest checkpoints kept per stage while it runs", ge=1)
 
 
 class MachineConfig(Section):

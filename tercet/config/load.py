@@ -56,6 +56,16 @@ class Config(Section):
             raise ValueError("model.scratch needs text to train its tokenizer on: set data.pretrain or data.sft")
         return self
 
+    @model_validator(mode="after")
+    def _adapters_share_one_model(self) -> Config:
+        if self.model.adapter is not None and self.ppo.policy is not None:
+            raise ValueError(
+                "ppo.policy is a model of its own, but with model.adapter all roles share one: remove one of the two"
+            )
+        if self.model.adapter is not None and self.sft.dropout:
+            raise ValueError("sft.dropout is for training all weights, but model.adapter is set: set sft.dropout: 0")
+        return self
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 where 1.1 surprises: 1e-5 is a number, a key given twice is an error."""
@@ -240,12 +250,14 @@ def _absolute_functions(values: dict[str, Any], base: FilePath) -> None:
         file, _, name = text.rpartition(":") if isinstance(text, str) else ("", "", "")
         return f"{(base / file).resolve()}:{name}" if file.endswith(".py") and not os.path.isabs(file) else text
 
+    def folder(name: Any) -> Any:
+        there = isinstance(name, str) and not os.path.isabs(name) and (base / name).exists()
+        return str((base / name).resolve()) if there else name
+
     def term(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        model = value.get("model")
-        if isinstance(model, str) and not os.path.isabs(model) and (base / model).exists():
-            value = {**value, "model": str((base / model).resolve())}
+        value = {**value, "model": folder(value["model"])} if "model" in value else value
         return {**value, "function": absolute(value["function"])} if "function" in value else value
 
     ppo, evaluation = values.get("ppo"), values.get("evaluation")
@@ -256,6 +268,8 @@ def _absolute_functions(values: dict[str, Any], base: FilePath) -> None:
             evaluation["gold"] = absolute(evaluation["gold"])
         if isinstance(evaluation.get("judges"), dict):
             evaluation["judges"] = {key: term(value) for key, value in evaluation["judges"].items()}
+        if isinstance(evaluation.get("policies"), dict):
+            evaluation["policies"] = {key: folder(value) for key, value in evaluation["policies"].items()}
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

@@ -17,11 +17,19 @@ class ScratchConfig(Section):
     options: dict[str, Any] = setting({}, "fields of that architecture's configuration, such as n_layer, n_head, n_embd")
 
 
+class AdapterConfig(Section):
+    """Low-rank adapters (LoRA, Hu 2021) on all linear layers: every stage trains one, on a frozen model that all roles share."""
+
+    rank: int = setting(16, "columns of the two factors", ge=1)
+    alpha: int = setting(32, "the product counts alpha / rank times", ge=1)
+
+
 class ModelConfig(Section):
     """The pretrained causal language model that the run starts from."""
 
     name: str | None = setting(None, "a Hugging Face name or a folder that AutoModelForCausalLM loads")
     scratch: ScratchConfig | None = setting(None, "instead of a name: a new model with random weights")
+    adapter: AdapterConfig | None = setting(None, "train low-rank adapters instead of all weights; {}: with the defaults")
     template: Literal["plain", "chat"] = setting(
         "plain", "plain: prompt and response are one text; chat: the tokenizer's own chat template"
     )

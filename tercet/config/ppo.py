@@ -45,6 +45,11 @@ class KLConfig(Section):
     controller: Literal["fixed", "adaptive"] = setting("fixed", "adaptive: coef follows target (Ziegler 2019, section 2.2)")
     target: float = setting(6.0, "adaptive: nats per response to settle at", gt=0)
     horizon: int = setting(10_000, "adaptive: episodes over which coef can change by 20 %", ge=1)
+    limit: float | None = setting(
+        5.0,
+        "the run stops once the KL exceeds this, nats a response token: the policy has left the reference; empty: never",
+        gt=0,
+    )
 
     @model_validator(mode="after")
     def _adaptive_needs_a_start(self) -> KLConfig:
@@ -87,7 +92,12 @@ class PPOConfig(Section):
     value_model: Path | None = setting(
         None, "a value model to start from; empty: the reward model, or the SFT trunk with a zero head"
     )
-    evaluate_every: int = setting(0, "iterations between evaluations on held-out prompts; 0: only at the end", ge=0)
+    evaluate_every: int = setting(
+        0, "iterations between evaluations on held-out prompts, with one after the last; 0: none while training", ge=0
+    )
+    best_kl_budget: float | None = setting(
+        None, "ppo/best is the evaluated policy with the judge's highest score among those within this KL, nats a response", gt=0
+    )
     save_rollouts_every: int = setting(10, "iterations between rollouts written to rollouts.jsonl; 0: never", ge=0)
 
     @property
@@ -116,6 +126,11 @@ class PPOConfig(Section):
         if self.truncate_after >= self.max_new_tokens:
             raise ValueError(
                 f"truncate_after ({self.truncate_after}) must be below max_new_tokens ({self.max_new_tokens}), or no response can end"
+            )
+        if self.best_kl_budget is not None and self.evaluate_every == 0:
+            raise ValueError(
+                "best_kl_budget is set but evaluate_every is 0: the best policy is chosen among those that are evaluated while training, "
+                f"try evaluate_every: {max(1, self.iterations // 10)}"
             )
         if self.value_warmup_iterations >= self.iterations:
             raise ValueError(

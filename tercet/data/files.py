@@ -275,9 +275,15 @@ def _columnar(name: str, records: Iterable[dict[str, Any]], example: str) -> Ite
         yield Row(name, number, {key: value for key, value in record.items() if value is not None}, example)
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
+def _datasets() -> Any:
     import datasets  # takes a second: only for those who need it
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
+    return datasets
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    datasets = _datasets()
     try:
         with open(path, "rb"), tempfile.TemporaryDirectory() as cache:  # its Arrow copy is not worth keeping
             return list(datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True))
@@ -295,8 +301,7 @@ def _is_hub_name(source: str) -> bool:
 
 
 def _hub_dataset(name: str, split: str) -> Iterable[dict[str, Any]]:
-    import datasets
-
+    datasets = _datasets()
     try:
         return cast(Iterable[dict[str, Any]], datasets.load_dataset(name, split=split))
     except Exception as error:  # no network, offline mode, unknown name or split, needs a login: no common base class

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tercet.algo.masks import position_ids
+from tercet.generation.cache import cache_for
 from tercet.generation.sampling import inverse_cdf
 from tercet.models.roles import Policy
 from tercet.types import Sequences, TercetError, TokenRow
@@ -36,10 +36,6 @@ class NativeGenerator:
         decode: Callable[[list[int]], str] | None = None,
     ):
         self._policy = policy
-        # Under autocast every decoding step would cast every weight anew; a copy already cast reads half the bytes.
-        self._engine = policy if policy.compute_dtype is not torch.bfloat16 else copy.deepcopy(policy)
-        if self._engine is not policy:
-            self._engine.freeze()
         self._takes_positions = "position_ids" in inspect.signature(policy.model.forward).parameters
         self._stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=policy.device)
         self._stop_texts = stop_texts or []
@@ -49,12 +45,8 @@ class NativeGenerator:
         self._truncate_after = truncate_after
         self.version = 0
 
-    @torch.no_grad()
     def sync(self, version: int) -> None:
-        """Take over the policy's present weights as number `version`."""
-        if self._engine is not self._policy:
-            for own, present in zip(self._engine.parameters(), self._policy.parameters()):
-                own.copy_(present)
+        """The policy's present weights are number `version` (it is sampled itself: there is nothing to copy)."""
         self.version = version
 
     @torch.no_grad()
@@ -63,9 +55,10 @@ class NativeGenerator:
         device, steps = self._policy.device, self._max_new_tokens
         if not all(prompts):
             raise ValueError("a prompt without a token: there is nothing to predict the response from")
-        inputs, mask = _left_padded(prompts, device)
-        positions = position_ids(mask)
-        cache = DynamicCache(config=self._engine.model.config)
+        inputs, prompt_mask = _left_padded(prompts, device)
+        positions, width = position_ids(prompt_mask), inputs.shape[1]
+        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompts), steps)], dim=1)
+        cache = cache_for(self._policy.model, width + steps)
         rows = torch.arange(len(prompts), device=device)  # the active rows' places in the batch
         responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
         wide = torch.float64 if self._policy.compute_dtype is torch.float64 else torch.float32
@@ -73,21 +66,20 @@ class NativeGenerator:
         lengths = torch.zeros_like(rows)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for step in range(steps if prompts else 0):  # a rank of many may have no rows
-            logits = self._next_logits(inputs, mask, positions, cache)
+            logits = self._next_logits(inputs, mask[:, : width + step], positions, cache)
             uniform = None if uniforms is None else uniforms[rows.cpu(), step]
             tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
             responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
             ended = self._ended(tokens, responses, rows, step)
             finished[rows[ended]] = True
-            going = ~ended
-            if not going.any():
-                break
             if ended.any():
-                rows, tokens, mask, positions = rows[going], tokens[going], mask[going], positions[going]
-                cache.batch_select_indices(going.nonzero().squeeze(1))
+                if ended.all():
+                    break
+                kept = _close_ranks(ended)
+                rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
+                cache.batch_select_indices(kept)
             inputs = tokens[:, None]
             positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if not bool(logprobs.isfinite().all()):
             raise TercetError(
                 "the policy gave numbers that are not finite while it was sampled; the last checkpoint is kept. Lower "
@@ -97,13 +89,13 @@ class NativeGenerator:
 
     def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the token after the last input."""
-        engine = self._engine
+        policy = self._policy
         extra = {"position_ids": positions} if self._takes_positions else {}
         arguments = {"input_ids": inputs, "attention_mask": mask.long(), "past_key_values": cache, "use_cache": True, **extra}
-        with engine.autocast():
-            if engine.own_logits:
-                return engine.model(**arguments, logits_to_keep=1).logits[:, -1]
-            return engine.head(engine.model.base_model(**arguments).last_hidden_state[:, -1])
+        with policy.autocast():
+            if policy.own_logits:
+                return policy.model(**arguments, logits_to_keep=1).logits[:, -1]
+            return policy.head(policy.model.base_model(**arguments).last_hidden_state[:, -1])
 
     def _ended(self, tokens: Tensor, responses: Tensor, rows: Tensor, step: int) -> Tensor:
         if step < self._truncate_after:
@@ -120,6 +112,14 @@ class NativeGenerator:
                 if any(text.count(stop) > earlier.count(stop) for stop in self._stop_texts):
                     ended[place] = True
         return ended
+
+
+def _close_ranks(ended: Tensor) -> Tensor:
+    """The rows that go on, (n,) int64: as many as fit stay where they are, and the last ones take the places of those that ended."""
+    going = (~ended).nonzero().squeeze(1)
+    kept = torch.arange(len(going), device=ended.device)
+    kept[ended[: len(going)]] = going[going >= len(going)]
+    return kept
 
 
 def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,77 +3,109 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tercet.config import Config
-from tercet.data.records import judge_split, read_comparisons, split
+from tercet.jobs.card import card_of_finished
+from tercet.jobs.comparisons import comparison_sets
+from tercet.jobs.frontier import best_of_n_figures, path_of_ppo
+from tercet.jobs.kept import Kept, Row
 from tercet.jobs.workshop import Workshop
-from tercet.runtime.checkpoint import write_json
+from tercet.runtime.files import write_json, write_text
+from tercet.runtime.metrics import JsonLines
 from tercet.runtime.progress import Bar
 from tercet.scoring.bag_of_words import BagOfWords
 from tercet.scoring.base import Scorer
 from tercet.scoring.function import FunctionScorer, load_function
-from tercet.stages.evaluate import Judges, Sampling, compare, groups_of, respond
+from tercet.stages.evaluate import Journey, Judges, Sampling, compare, draw, groups_of, respond, surprisal
 from tercet.stages.rollout import PromptSet
-from tercet.types import Comparison
 
 Figures = dict[str, Any]
+MOST_OF_N = 64  # best-of-n is given for n up to this
 
 
 def run_evaluate(shop: Workshop) -> Figures:
-    """Base, SFT and PPO on held-out prompts -> evaluation/*.json."""
+    """Base, SFT, PPO and other policies on held-out prompts; best-of-n from SFT -> evaluation/*.json."""
     config = shop.config
-    sources = {"base": shop.base, "sft": shop.sft_source, "ppo": str(shop.folder / "ppo/model")}
-    if sources["base"] == sources["sft"]:
-        del sources["base"]
-    ref_policy = shop.load_policy(shop.sft_source, frozen=True)
     judges, sampling, prompts = judges_of(shop, shop.reward()), sampling_of(shop), shop.prompts(held_out=True)
-    responses: dict[str, list[dict[str, Any]]] = {}
-    with Bar("evaluate", len(sources) * len(prompts), silent=not shop.world.is_main) as bar:
-        for name, source in sources.items():
-            policy = shop.load_policy(source, frozen=True)
-            responses[name] = respond(
-                policy, ref_policy, shop.generator(policy), prompts, judges, sampling, shop.world, done=bar.advance_by
-            )
-    folder = shop.folder / "evaluation"
     names = list(judges.others)
     groups = groups_of(prompts, config.evaluation.group_by)
-    wanted = config.evaluation.main_group
-    main = groups[wanted] if wanted is not None else list(range(len(prompts)))
-    policies, won = compare({name: [rows[i] for i in main] for name, rows in responses.items()}, names, config.seed)
+    main = main_places(config, prompts)
+    chosen = main[: config.evaluation.best_of_prompts]
+    sources = policies_of(shop)
+    with Bar(
+        "evaluate", len(sources) * len(prompts) + len(chosen) * config.evaluation.best_of_samples, silent=not shop.world.is_main
+    ) as bar:
+        responses = {name: _responses(shop, name, source, prompts, judges, sampling, bar) for name, source in sources.items()}
+        draws = _draws(shop, chosen, prompts, judges, sampling, bar)
+    base = shop.load_policy(shop.base, frozen=True)
+    for rows in responses.values():
+        for row, found in zip(rows, surprisal(base, prompts, rows, sampling, shop.world)):
+            row["surprisal"] = found
+    del base
+    of_main = {name: [rows[i] for i in main] for name, rows in responses.items()}
+    policies, won = compare(of_main, names, config.seed)
     figures = _flat(policies, won)
     for group, places in groups.items():
         part = compare({name: [rows[i] for i in places] for name, rows in responses.items()}, names, config.seed)
         figures |= {f"{key}[{group}]": value for key, value in _flat(*part).items()}
+    evaluations = JsonLines(shop.folder / "ppo/evaluations.jsonl", "iteration").read() if shop.world.is_main else []
+    path = path_of_ppo(of_main["sft"], of_main["ppo"], config.ppo.iterations, evaluations, ["score", *names], config.seed)
+    yardstick = best_of_n_figures(draws, ["score", *names], MOST_OF_N, config.seed)
+    if config.data.comparisons is not None and not (shop.folder / "reward/card.json").exists():
+        figures |= card_of_finished(shop)
     if shop.world.is_main:
+        folder = shop.folder / "evaluation"
         write_json(folder / "policies.json", policies)
         write_json(folder / "wins.json", won)
+        write_json(folder / "path.json", path)
+        if yardstick:
+            write_json(folder / "best_of_n.json", yardstick)
         _write_samples(folder / "samples.jsonl", prompts, responses, names, config.evaluation.group_by)
     return figures
 
 
-@dataclass(frozen=True)
-class ComparisonSets:
-    """The comparisons by use: for the reward model, for its judge, held out from both. Always the same for the same files."""
+def policies_of(shop: Workshop) -> dict[str, str]:
+    """Name -> checkpoint of every policy to evaluate: no base where it is the SFT policy, the best one where it is not the last."""
+    sources = {"base": shop.base, "sft": shop.sft_source, "ppo": str(shop.folder / "ppo/model")}
+    if sources["base"] == sources["sft"]:
+        del sources["base"]
+    best = shop.folder / "ppo/best.json"
+    if best.exists() and json.loads(best.read_text(encoding="utf-8"))["iteration"] != shop.config.ppo.iterations:
+        sources["best"] = str(shop.folder / "ppo/best")
+    return sources | shop.config.evaluation.policies
 
-    train: list[Comparison]
-    judge: list[Comparison]
-    held_out: list[Comparison]
-    dropped: int
+
+def main_places(config: Config, prompts: PromptSet) -> list[int]:
+    """The places of the prompts that the headline figures are over."""
+    wanted = config.evaluation.main_group
+    return groups_of(prompts, config.evaluation.group_by)[wanted] if wanted is not None else list(range(len(prompts)))
 
 
-def comparison_sets(config: Config) -> ComparisonSets:
-    """Read and split data.comparisons."""
-    data = config.data
-    assert data.comparisons is not None
-    records = read_comparisons(data.comparisons)
-    train, held_out = list(records), list(read_comparisons(data.eval_comparisons)) if data.eval_comparisons else []
-    if not data.eval_comparisons:
-        train, held_out = split(train, data.held_out)
-    train, judge = judge_split(train) if config.reward.judge else (train, [])
-    return ComparisonSets(train, judge, held_out, sum(records.dropped.values()))
+def _responses(
+    shop: Workshop, name: str, source: str, prompts: PromptSet, judges: Judges, sampling: Sampling, bar: Bar
+) -> list[Row]:
+    """A policy's responses; those that an interrupted evaluation has left are taken as they are."""
+    kept = Kept(shop, name, source)
+    rows = kept.rows()
+    if len(rows) == len(prompts):
+        bar.advance_by(len(rows))
+        return rows
+    policy, ref_policy = shop.load_policy(source, frozen=True), shop.load_policy(shop.sft_source, frozen=True)
+    journey = Journey(rows, kept.keep, bar.advance_by)
+    return respond(policy, ref_policy, shop.generator(policy), prompts, judges, sampling, shop.world, journey=journey)
+
+
+def _draws(shop: Workshop, places: Sequence[int], prompts: PromptSet, judges: Judges, sampling: Sampling, bar: Bar) -> list[Row]:
+    """Many samples of the SFT policy for each of a few prompts."""
+    if not places:
+        return []
+    kept, count = Kept(shop, "best_of_n"), shop.config.evaluation.best_of_samples
+    journey = Journey(kept.rows(), kept.keep, bar.advance_by)
+    generator = shop.generator(shop.load_policy(shop.sft_source, frozen=True))
+    return draw(generator, prompts, judges, sampling, count, shop.world, places=places, journey=journey)
 
 
 def judges_of(shop: Workshop, score: Scorer) -> Judges:
@@ -112,17 +144,20 @@ def _flat(policies: dict[str, Any], won: dict[str, Any]) -> Figures:
             key = f"{stem}.{policy}{'_std' if name.endswith('_std') else ''}" if stem in judges else f"{policy}.{name}"
             figures[key] = value
     for name, values in won.items():
-        prefix = "score.win_rate" if name == "score" else f"{name}.win_rate"
-        figures |= {prefix: values["win_rate"], f"{prefix}_low": values["low"], f"{prefix}_high": values["high"]}
-    headline = "judge" if "judge" in won else "score"
+        prefix = "score." if name == "score" else f"{name}."
+        figures |= _win_figures(prefix, values)
     if won:
-        figures |= {
-            "win_rate": won[headline]["win_rate"],
-            "win_rate_low": won[headline]["low"],
-            "win_rate_high": won[headline]["high"],
-        }
+        headline = "judge" if "judge" in won else "score"
+        figures |= _win_figures("", won[headline])
         figures["win_rate_by"] = "the second reward model" if headline == "judge" else "the training score"
     return figures
+
+
+def _win_figures(prefix: str, values: dict[str, float]) -> Figures:
+    plain, controlled = f"{prefix}win_rate", f"{prefix}lc_win_rate"
+    found = {plain: values["win_rate"], f"{plain}_low": values["low"], f"{plain}_high": values["high"]}
+    found |= {controlled: values["lc_win_rate"], f"{controlled}_low": values["lc_low"], f"{controlled}_high": values["lc_high"]}
+    return found
 
 
 def _write_samples(path: Path, prompts: PromptSet, responses: dict[str, Any], judges: list[str], group_by: str | None) -> None:
@@ -137,5 +172,4 @@ def _write_samples(path: Path, prompts: PromptSet, responses: dict[str, Any], ju
             line[name] = row["response"]
             line |= {f"{name}_{key}": row[key] for key in ("score", "kl", "length", "finished", *judges)}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))

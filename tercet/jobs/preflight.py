@@ -49,6 +49,8 @@ def check_models(config: Config, stages: Sequence[str], base: str | None, record
     trust = config.model.trust_remote_code
     count_parameters(base, trust)  # an explained error where the configuration cannot be read
     tokenizer = load_tokenizer(base, trust_remote_code=trust)
+    if config.model.name is not None:  # a scratch model was made here
+        check_vocabulary(load_causal_lm(base, trust_remote_code=trust), tokenizer, base)
     template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_token_ids(base, tokenizer))
     _check_turns(template, records)
     _check_lengths(config, template, base, records)
@@ -150,11 +152,12 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, conversat
             scorer = ScoreModel(load_classifier(source, trust_remote_code=trust))
             check_vocabulary(scorer.model, tokenizer, source)
             _check_same_ids(source, tokenizer, trust)
-    if config.ppo.policy is not None:
-        policy = load_causal_lm(config.ppo.policy, trust_remote_code=trust)
-        check_vocabulary(policy, tokenizer, config.ppo.policy)
-        _check_same_ids(config.ppo.policy, tokenizer, trust)
-        check_room(config, context_length(policy), config.ppo.policy)
+    for source in (config.ppo.policy, *config.evaluation.policies.values()):
+        if source is not None:
+            policy = load_causal_lm(source, trust_remote_code=trust)
+            check_vocabulary(policy, tokenizer, source)
+            _check_same_ids(source, tokenizer, trust)
+            check_room(config, context_length(policy), source)
     for source, label in {(str(term.model), term.label) for term in terms if term.kind == "classifier"}:
         own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
         ClassifierScorer(load_classifier(source, trust_remote_code=trust), own, label=label, name=source)

@@ -15,8 +15,9 @@ import torch
 
 from tercet.config import Config
 from tercet.data.records import read_demonstrations, split
-from tercet.generation.sampling import uniforms
-from tercet.jobs.evaluation import comparison_sets, judges_of, sampling_of
+from tercet.jobs.card import sft_samples, write_card
+from tercet.jobs.comparisons import comparison_sets
+from tercet.jobs.evaluation import judges_of, main_places, sampling_of
 from tercet.jobs.workshop import Workshop, model_card
 from tercet.models.load import (
     new_causal_lm,
@@ -24,8 +25,7 @@ from tercet.models.load import (
     train_tokenizer,
 )
 from tercet.models.roles import ScoreModel, init_score_head
-from tercet.runtime.checkpoint import replace_folder, write_json
-from tercet.scoring.bag_of_words import BagOfWords
+from tercet.runtime.files import folder_beside, replace_folder, write_json
 from tercet.stages.evaluate import Judges, respond
 from tercet.stages.ppo import train_ppo
 from tercet.stages.reward import normalise, train_reward_model
@@ -47,7 +47,7 @@ def create_scratch(config: Config, folder: Path) -> None:
     longest = config.data.max_prompt_length + config.ppo.max_new_tokens
     positions = max(longest, config.pretrain.max_length, config.sft.max_length, config.reward.max_length)
     model = new_causal_lm(scratch.architecture, scratch.options, tokenizer, positions=positions, seed=config.seed)
-    temporary = folder.with_name(f".{folder.name}.writing")
+    temporary = folder_beside(folder)
     save_policy(
         model, tokenizer, temporary, temperature=1.0, stop_ids=[tokenizer.eos_token_id], card=model_card("Random weights.")
     )
@@ -60,7 +60,7 @@ def run_pretrain(shop: Workshop) -> Figures:
     if source is None:
         return {}
     train, held_out = split(read_demonstrations(source), shop.config.data.held_out)
-    policy = shop.load_policy(shop.base)
+    policy = shop.load_policy(shop.base, whole=True)
     figures = train_sft(
         shop.stage_run("pretrain", "pretrain"),
         shop.config.pretrain,
@@ -95,7 +95,7 @@ def run_reward(shop: Workshop) -> Figures:
     config = shop.config
     assert config.data.comparisons is not None
     comparisons = comparison_sets(config)
-    samples = _normalisation_samples(shop)
+    samples = sft_samples(shop)
     figures: Figures = {"reward.dropped": comparisons.dropped}
     for name, records in (("reward", comparisons.train), ("judge", comparisons.judge)):
         if not records:
@@ -112,9 +112,8 @@ def run_reward(shop: Workshop) -> Figures:
             write_json(run.folder / "held_out.json", pairs)
         if name == "reward":
             figures |= trained
-            if comparisons.held_out:
-                baseline = BagOfWords(comparisons.train).accuracy(comparisons.held_out)
-                figures["reward.bag_of_words_accuracy"] = baseline
+            scale = trained.get("reward.normalisation_gain", 1.0), trained.get("reward.normalisation_bias", 0.0)
+            figures |= write_card(shop, run.folder / "card.json", model, comparisons, pairs, samples, scale)
             _write_probe(shop, model, samples, comparisons.held_out or comparisons.train)
         else:
             figures |= {key.replace("reward.", "judge."): value for key, value in trained.items()}
@@ -124,7 +123,7 @@ def run_reward(shop: Workshop) -> Figures:
 
 
 def run_ppo(shop: Workshop) -> Figures:
-    """Stage 3: prompts -> ppo/model and ppo/value."""
+    """Stage 3: prompts -> ppo/model and ppo/value; ppo/best where policies are evaluated on the way."""
     config = shop.config.ppo
     policy = shop.load_policy(config.policy or shop.sft_source)
     ref_policy = shop.load_policy(shop.sft_source, frozen=True)
@@ -132,18 +131,34 @@ def run_ppo(shop: Workshop) -> Figures:
     value_model = _value_model(shop)
     actors = Actors(policy, ref_policy, value_model, shop.generator(policy), shop.reward())
 
+    run = shop.stage_run("ppo", "ppo", counter="iteration")
+    evaluations = run.journal("evaluations.jsonl")
+
     @functools.cache  # the judges are loaded and fitted only where the run evaluates at all
-    def judging() -> tuple[PromptSet, Judges]:
-        return shop.prompts(held_out=True), judges_of(shop, actors.scorer)
+    def judging() -> tuple[PromptSet, list[int], Judges]:
+        held_out = shop.prompts(held_out=True)
+        return held_out, main_places(shop.config, held_out), judges_of(shop, actors.scorer)
 
     def evaluate(iteration: int) -> Figures:
-        held_out, judges = judging()
+        held_out, places, judges = judging()
         actors.generator.sync(version=iteration)
-        rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling_of(shop), shop.world)
-        return {f"eval_{key}" if key in ("score", "kl") else key: _mean_of(rows, key) for key in ("score", "kl", *judges.others)}
+        sampling = sampling_of(shop)
+        rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling, shop.world, places=places)
+        columns = {name: [row[name] for row in rows] for name in ("score", "kl", *judges.others)}
+        if shop.world.is_main:
+            evaluations.append({"iteration": iteration, **columns})
+        means = {name: sum(values) / len(values) for name, values in columns.items()}
+        figures = {f"eval_{name}" if name in ("score", "kl") else name: value for name, value in means.items()}
+        by = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "eval_score")
+        if shop.world.any(shop.world.is_main and is_best(figures, run.metrics.read(), by, config.best_kl_budget)):
+            shop.write_policy(policy, shop.folder / "ppo/best", f"PPO by Tercet, iteration {iteration}: the highest {by} score.")
+            if shop.world.is_main:
+                best = {"iteration": iteration, "kl": means["kl"], "by": by.removeprefix("eval_"), "value": figures[by]}
+                write_json(shop.folder / "ppo/best.json", best)
+        return figures
 
     metrics = train_ppo(
-        shop.stage_run("ppo", "ppo", counter="iteration"),
+        run,
         config,
         actors,
         shop.prompts(held_out=False),
@@ -155,19 +170,21 @@ def run_ppo(shop: Workshop) -> Figures:
         policy, shop.folder / "ppo/model", "PPO against a reward model with a KL penalty to the SFT policy, by Tercet."
     )
     shop.write_scorer(value_model, shop.folder / "ppo/value", "The value model of PPO, for a next round, by Tercet.")
-    return {f"ppo.train_{name}": metrics[name] for name in ("score", "kl", "explained_variance") if name in metrics}
+    figures: Figures = {f"ppo.train_{name}": metrics[name] for name in ("score", "kl", "explained_variance") if name in metrics}
+    best = shop.folder / "ppo/best.json"
+    if best.exists():
+        figures |= {f"ppo.best_{name}": value for name, value in json.loads(best.read_text(encoding="utf-8")).items()}
+    return figures
 
 
-def _normalisation_samples(shop: Workshop) -> Sequences | None:
-    """Responses of the SFT policy on which the scores get mean 0 and standard deviation 1."""
-    count = shop.config.reward.normalise_samples
-    if count == 0 or shop.config.data.prompts is None:
-        return None
-    prompts = shop.prompts(held_out=False)
-    policy = shop.load_policy(shop.sft_source, frozen=True)
-    ids = [prompts.ids[i % len(prompts)] for i in range(count)]
-    numbers = uniforms(shop.config.seed, "normalisation", 0, range(count), shop.config.ppo.max_new_tokens)
-    return shop.generator(policy).sample(ids, numbers)
+def is_best(figures: Figures, earlier: Sequence[Figures], by: str, kl_budget: float | None) -> bool:
+    """Whether this evaluation is within the KL budget, and its figure `by` above that of every earlier one that is.
+
+    earlier: lines of PPO's metrics. A resumed run has those up to its checkpoint and computes the later ones again, so that it
+    keeps the same policy as one that was never stopped.
+    """
+    within = [row for row in (*earlier, figures) if by in row and (kl_budget is None or row["eval_kl"] <= kl_budget)]
+    return any(row is figures for row in within) and all(figures[by] > row[by] for row in within if row is not figures)
 
 
 def _write_probe(shop: Workshop, model: ScoreModel, samples: Sequences | None, records: Sequence[Any]) -> None:
@@ -208,15 +225,12 @@ def _value_model(shop: Workshop) -> ScoreModel:
     config = shop.config.ppo
     if config.value_model is not None:
         return shop.load_scorer(config.value_model, frozen=False)
-    if any(term.kind == "stage" for term in config.rewards):
+    foreign = shop.config.reward.use is not None and shop.config.model.adapter is not None  # no trunk to share
+    if any(term.kind == "stage" for term in config.rewards) and not foreign:
         return shop.load_scorer(shop.reward_source, frozen=False)
     model = shop.load_scorer(shop.sft_source, frozen=False, num_labels=1)
     init_score_head(model.head, None)
     return model
-
-
-def _mean_of(rows: Sequence[dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
 
 
 def _whole_text(record: Demonstration) -> str:

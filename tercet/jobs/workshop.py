@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.config import Config
 from tercet.config.ppo import RewardTerm
@@ -17,6 +18,7 @@ from tercet.data.batches import microbatches
 from tercet.data.records import read_prompts, split
 from tercet.data.template import Template, response_text
 from tercet.generation.native import NativeGenerator
+from tercet.models.adapters import Backbone, Rank
 from tercet.models.load import (
     check_vocabulary,
     context_length,
@@ -28,8 +30,8 @@ from tercet.models.load import (
     stop_token_ids,
 )
 from tercet.models.roles import Policy, ScoreModel
-from tercet.runtime.checkpoint import replace_folder
 from tercet.runtime.distributed import World
+from tercet.runtime.files import folder_beside, replace_folder
 from tercet.runtime.machine import Machine
 from tercet.runtime.progress import console
 from tercet.runtime.stage import Interrupt, StageRun
@@ -51,11 +53,20 @@ class Workshop:
     interrupt: Interrupt
     base: str  # the pretrained model: a folder or a hub name
     reward_callables: Sequence[RewardFunction] = field(default_factory=tuple)
+    _backbone: Backbone | None = None
 
     def stage_run(self, name: str, folder: str, counter: str = "step") -> StageRun:
         checkpoint = self.config.checkpoint
         return StageRun(
-            name, self.folder / folder, self.world, self.machine, checkpoint.every, checkpoint.keep, counter, self.interrupt
+            name,
+            self.folder / folder,
+            self.world,
+            self.machine,
+            checkpoint.every,
+            checkpoint.keep,
+            counter,
+            self.interrupt,
+            checkpoint.every_minutes,
         )
 
     @property
@@ -76,17 +87,42 @@ class Workshop:
         stop_ids = stop_token_ids(self.base, self.tokenizer)
         return Template(self.tokenizer, self.config.model.template, self.config.data.max_prompt_length, stop_ids=stop_ids)
 
-    def load_policy(self, source: str, *, frozen: bool = False, dropout: float = 0.0) -> Policy:
-        model = load_causal_lm(source, dropout=dropout, trust_remote_code=self.config.model.trust_remote_code)
-        check_vocabulary(model, self.tokenizer, source)
-        policy = Policy(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
+    def backbone(self, source: str) -> Backbone:
+        """The frozen model that the adapters of a stage share."""
+        assert self.config.model.adapter is not None
+        if self._backbone is None or self._backbone.source != source:
+            size = Rank(self.config.model.adapter.rank, self.config.model.adapter.alpha)
+            self._backbone = Backbone(source, functools.partial(self._causal_lm, source), self.machine.dtype, size)
+        return self._backbone
+
+    def load_policy(self, source: str, *, frozen: bool = False, dropout: float = 0.0, whole: bool = False) -> Policy:
+        """A policy to train, or frozen. With model.adapter it shares a backbone, unless `whole`."""
+        if self.config.model.adapter is not None and not whole:
+            if not frozen:
+                return self.backbone(source).policy(seed=self.config.seed).eval()
+            if source == self.sft_source:
+                return self.backbone(source).reference
+        policy = Policy(self._causal_lm(source, dropout), self.machine.dtype).eval()
         if policy.own_logits:
             console.print(f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)")
         if frozen:
             policy.freeze()
         return policy
 
+    def _causal_lm(self, source: str, dropout: float = 0.0) -> PreTrainedModel:
+        model = load_causal_lm(source, dropout=dropout, trust_remote_code=self.config.model.trust_remote_code)
+        check_vocabulary(model, self.tokenizer, source)
+        return nn.Module.to(model, self.machine.device)
+
     def load_scorer(self, source: str, *, frozen: bool = True, num_labels: int | None = None) -> ScoreModel:
+        """A reward or value model: a checkpoint's, or with `num_labels` a causal language model's trunk and a new head."""
+        own = num_labels is not None or self.folder in Path(source).parents
+        if self.config.model.adapter is not None and own:
+            folder = None if num_labels is not None else adapter_folder(Path(source))
+            scorer = self.backbone(self.sft_source).scorer(folder, seed=self.config.seed).eval()
+            if frozen:
+                scorer.freeze()
+            return scorer
         model = load_classifier(source, num_labels=num_labels, trust_remote_code=self.config.model.trust_remote_code)
         scorer = ScoreModel(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
         if frozen:
@@ -153,30 +189,39 @@ class Workshop:
     def write_model(self, final: Path, save: Any) -> None:
         """Let the first rank write a checkpoint beside its place, then put it there whole."""
         if self.world.is_main:
-            temporary = final.with_name(f".{final.name}.writing")
-            temporary.mkdir(parents=True, exist_ok=True)
+            temporary = folder_beside(final)
             save(temporary)
             replace_folder(temporary, final)
         self.world.barrier()
 
     def write_policy(self, policy: Policy, final: Path, about: str) -> None:
-        ids = sorted(self.template.stop_ids)
-        self.write_model(
-            final,
-            lambda folder: save_policy(
-                policy.model.float(),
-                self.tokenizer,
-                folder,
-                temperature=self.config.ppo.temperature,
-                stop_ids=ids,
-                card=model_card(about),
-            ),
-        )
+        self._write_adapter(policy, final)
+
+        def save(folder: Path) -> None:
+            ids, temperature = sorted(self.template.stop_ids), self.config.ppo.temperature
+            with policy.full_precision() as model:
+                save_policy(model, self.tokenizer, folder, temperature=temperature, stop_ids=ids, card=model_card(about))
+
+        self.write_model(final, save)
 
     def write_scorer(self, scorer: ScoreModel, final: Path, about: str) -> None:
-        self.write_model(
-            final, lambda folder: save_classifier(scorer.model.float(), self.tokenizer, folder, card=model_card(about))
-        )
+        self._write_adapter(scorer, final)
+
+        def save(folder: Path) -> None:
+            with scorer.full_precision() as model:
+                save_classifier(model, self.tokenizer, folder, card=model_card(about))
+
+        self.write_model(final, save)
+
+    def _write_adapter(self, role: Policy | ScoreModel, final: Path) -> None:
+        """The adapter alone, beside the merged checkpoint."""
+        if role.merge is not None and self._backbone is not None:
+            self.write_model(adapter_folder(final), functools.partial(self._backbone.save, role))
+
+
+def adapter_folder(model: Path) -> Path:
+    """Where the adapter lies whose merged model is at `model`."""
+    return model.with_name(f"{model.name}-adapter")
 
 
 def prompt_records(config: Config, *, held_out: bool) -> list[Prompt]:

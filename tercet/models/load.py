@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,13 @@ def _explained(source: str, wanted: str) -> Any:
         raise
     except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError, ... by no stated rule
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = " (the hub is switched off or out of reach: give a folder)" if "offline" in str(error).lower() else ""
+        if os.path.isabs(source) and not os.path.isdir(source):
+            first = "there is no such folder"
+        elif isinstance(error, KeyError):
+            first = f"{first} is missing in one of its files"
+        elif "ignore_mismatched_sizes" in first:
+            first = "its weights have other sizes than its config.json says"
+        hint = " (the hub is switched off or out of reach: give a folder)" if "offline" in first.lower() else ""
         if "trust_remote_code" in str(error):
             hint = " without running its own code, which model.trust_remote_code: true would allow"
         raise TercetError(f"{source}: cannot be loaded as {wanted}{hint}: {first}") from error

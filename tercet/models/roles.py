@@ -1,13 +1,16 @@
 """The roles of a run: each is one module whose forward takes Sequences and returns response-aligned tensors.
 
-Autocast is entered inside these forwards and nowhere else, so all roles compute in the same precision. Dropout is 0. No attention
-mask is passed: in the right-padded layout a causal model's real tokens never see a pad.
+Autocast is entered inside these forwards and nowhere else, so all roles compute in the same precision. Under bfloat16 the
+weights of matrix products are held in it: autocast would cast them anew in every forward. A role that learns keeps their float32
+originals in `masters`, which the optimizer changes. Dropout is 0. No attention mask is passed: in the right-padded layout a causal
+model's real tokens never see a pad.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
-from tercet.models.kernels import fuse_activations, use_float32_attention
+from tercet.models.kernels import fuse_activations, split_bias, use_float32_attention
 from tercet.models.load import embedding_rows
 from tercet.types import Sequences, TercetError
 
@@ -28,9 +31,12 @@ class _Role(nn.Module):
         super().__init__()
         self.model = model.double() if compute_dtype is torch.float64 else model
         self.compute_dtype = compute_dtype
+        self.masters: dict[str, Tensor] = {}  # by parameter name
+        self.merge: Callable[[], PreTrainedModel] | None = None  # how an adapter and its backbone become one model
         fuse_activations(self.model)
         if compute_dtype is torch.bfloat16 and self.model.device.type == "cpu":
             use_float32_attention(self.model)
+            split_bias(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -46,14 +52,52 @@ class _Role(nn.Module):
         return self.model.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
 
     def freeze(self) -> None:
-        """No gradients; under bfloat16 the weights of linear layers are stored in it: the same cast that autocast makes."""
+        """No gradients, and no float32 originals."""
         self.requires_grad_(False).eval()
+        self.masters = {}
+
+    def flops(self, tokens: int, head_tokens: int) -> int:
+        """Floating-point operations of a forward over `tokens` tokens, `head_tokens` of which reach the head: two for each weight of
+        a linear layer and token. Attention's own products, a few per cent on short texts, are left out."""
+        linear = [module for module in self.model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        head: Any = self.head
+        return 2 * (sum(module.weight.numel() for module in linear) * tokens + head.weight.numel() * head_tokens)
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[PreTrainedModel]:
+        """The model with its float32 weights in place, to be saved."""
+        if self.compute_dtype is torch.float64 and self.merge is None:
+            yield copy.deepcopy(self.model).float()
+            return
+        named = dict(self.named_parameters())
+        halves = {name: named[name].data for name in self.masters}
+        for name, master in self.masters.items():
+            named[name].data = master.data
+        try:
+            yield self.model if self.merge is None else self.merge()
+        finally:
+            for name, half in halves.items():
+                named[name].data = half
+
+    def _halve(self, *heads: nn.Module) -> None:
+        """Hold the weights of the trunk's linear layers and of `heads` in bfloat16, if that is what this role computes in."""
         if self.compute_dtype is not torch.bfloat16:
             return
-        tied = {id(p) for module in self.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-        for module in self.model.base_model.modules():
-            if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in tied:
-                module.to(torch.bfloat16)
+        linear = [module for module in self.model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        chosen = {id(parameter) for module in (*linear, *heads) for parameter in module.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in chosen and parameter.dtype is torch.float32:
+                self.masters[name] = parameter.data
+                parameter.data = parameter.data.bfloat16()
+            elif parameter.requires_grad:  # a copy, lest one small tensor keeps the checkpoint's whole file in memory
+                parameter.data = parameter.data.clone()
+        embedding = self.model.get_input_embeddings()
+        if id(next(embedding.parameters())) in chosen:  # tied to the head: the sums of the residual stream stay in float32
+            embedding.register_forward_hook(_as_float32)
+
+
+def _as_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.float()
 
 
 class Policy(_Role):
@@ -61,7 +105,9 @@ class Policy(_Role):
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32):
         super().__init__(model, compute_dtype)
-        self.own_logits = not _head_is_plain(model)
+        with self.autocast():
+            self.own_logits = not _head_is_plain(model)
+        self._halve(model.get_output_embeddings())
 
     def forward(
         self, sequences: Sequences, *, temperature: float = 1.0, with_entropy: bool = False
@@ -84,7 +130,7 @@ class Policy(_Role):
         return _spread(logprobs, mask), None if entropy is None else _spread(entropy, mask)
 
     @property
-    def head(self) -> Callable[[Tensor], Tensor]:
+    def head(self) -> nn.Module:
         """The output layer: states (N, D) to logits (N, V)."""
         return self.model.get_output_embeddings()
 
@@ -98,8 +144,10 @@ class ScoreModel(_Role):
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32):
         super().__init__(model, compute_dtype)
         self.head = score_head(model)
-        _check_score(model, self.head)
+        with self.autocast():
+            _check_score(model, self.head)
         self.offset = float(getattr(model.config, "score_offset", 0.0))
+        self._halve()
 
     def forward(self, sequences: Sequences, *, per_token: bool = False) -> Tensor:
         """Scores (B,) read at the last real token; with `per_token` values (B, T), values[:, t] = V(x, y_<t), 0 outside the mask."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tercet.report.compare import write_comparison
 from tercet.report.page import write_report
+from tercet.report.verdict import verdict_of
 
-__all__ = ["write_report"]
+__all__ = ["verdict_of", "write_comparison", "write_report"]

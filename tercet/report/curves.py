@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tercet.report.load import RunData
+from tercet.report.findings import interval_of_mean, wilson
+from tercet.report.load import RunData, number
 from tercet.report.plots import Line, Mark, draw
 from tercet.report.text import percent, short
 
@@ -51,7 +52,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             "Accuracy",
             "pairs ranked as the annotators did",
             held_out="eval_accuracy",
-            marks=((0.5, "a coin"), ("reward.ceiling", "annotators' agreement")),
+            marks=((0.5, "a coin"),),
             share=True,
         ),
         Curve("margin", "Margin", "score of the better response minus the worse"),
@@ -95,7 +96,7 @@ def _plot(run: RunData, stage: str, curve: Curve) -> Plot | None:
     sources = [(curve.key, "training", "main"), (curve.held_out, "held-out", "held-out")]
     if curve.third:
         sources.append((*curve.third, "third"))
-    lines = [Line(*run.series(stage, key), label=label, role=role) for key, label, role in sources if key]
+    lines = [_line(run, stage, key, label, role) for key, label, role in sources if key]
     lines = [line for line in lines if any(math.isfinite(y) for y in line.ys)]
     if not lines:
         return None
@@ -115,6 +116,24 @@ def _plot(run: RunData, stage: str, curve: Curve) -> Plot | None:
     legend += [("rule", f"{mark.label} {show(mark.y)}") for mark in marks]
     latest = next(y for y in reversed(lines[-1].ys) if math.isfinite(y))
     return Plot(curve.title, curve.note, show(latest), svg, tuple(legend), curve.more)
+
+
+def _line(run: RunData, stage: str, key: str, label: str, role: str) -> Line:
+    """A metric's series, with 95 % intervals where what was averaged is known: held-out pairs, or held-out prompts in the path of PPO."""
+    xs, ys = run.series(stage, key)
+    ends: dict[float, tuple[float, float]] = {}
+    pairs = run.value("reward.eval_pairs")
+    if (stage, key) == ("reward", "eval_accuracy") and pairs:
+        ends = {x: wilson(y, pairs) for x, y in zip(xs, ys) if math.isfinite(y)}
+    elif stage == "ppo":
+        name = key.removeprefix("eval_")
+        for one in run.evaluations if key.startswith("eval_") or key in ("gold", "judge") else ():
+            at, column = number(one.get("iteration")), one.get(name)
+            values = [value for raw in column if (value := number(raw)) is not None] if isinstance(column, list) else []
+            if at is not None and values:
+                ends[at] = interval_of_mean(values)[1:]
+    known = bool(ends) and all(x in ends and math.isfinite(ends[x][0]) for x in xs)
+    return Line(xs, ys, label, role, [ends[x][0] for x in xs] if known else (), [ends[x][1] for x in xs] if known else ())
 
 
 def _words(curve: Curve, lines: Sequence[Line], show: Callable[[float], str]) -> str:

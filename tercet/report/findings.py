@@ -1,4 +1,4 @@
-"""What a rule says, and the intervals that rules share."""
+"""What a rule says, and the figures that rules share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from tercet.report.causes import CAUSES
 from tercet.report.load import RunData, number
 
 Z95 = 1.96
@@ -18,7 +19,8 @@ Level = Literal["error", "warning", "ok"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the verdict. figure: the number it rests on, as text; stage: which stage it speaks of; rule: its name."""
+    """One sentence of the verdict. figure: the number it rests on, as text; stage: which stage it speaks of; rule: its name in CAUSES,
+    or that of something that is well; advice: what to do about it."""
 
     level: Level
     title: str
@@ -26,9 +28,22 @@ class Finding:
     figure: str
     stage: str
     rule: str
+    advice: str = ""
 
 
 Rule = Callable[[RunData], Iterable[Finding]]
+
+
+def fault(rule: str, value: float, text: str, figure: str, *, stage: str = "", level: Level | None = None) -> Iterable[Finding]:
+    """The finding of that cause if the value is beyond one of its thresholds, else nothing. level: where it depends on more than that."""
+    cause = CAUSES[rule]
+    found = cause.level(value)
+    if found is not None:
+        title = cause.title.format(stage=stage and STAGE_NAMES[stage])
+        yield Finding(level or found, title, text, figure, stage or cause.stage, rule, cause.advice)
+
+
+STAGE_NAMES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "The reward model", "ppo": "PPO"}
 
 
 def interval_of_mean(values: list[float]) -> tuple[float, float, float]:
@@ -57,9 +72,9 @@ def accuracy_interval(run: RunData) -> tuple[float, float] | None:
     return wilson(accuracy, pairs) if accuracy is not None and pairs else None
 
 
-def score_gains(run: RunData) -> list[float]:
-    """PPO's score minus SFT's on each held-out prompt that has both."""
-    pairs = ((number(row.get("ppo_score")), number(row.get("sft_score"))) for row in run.samples)
+def gains(run: RunData, name: str) -> list[float]:
+    """PPO's value minus SFT's, such as its "score", on each held-out prompt that has both."""
+    pairs = ((number(row.get(f"ppo_{name}")), number(row.get(f"sft_{name}"))) for row in run.samples)
     return [ppo - sft for ppo, sft in pairs if ppo is not None and sft is not None]
 
 

@@ -23,7 +23,9 @@ class RunData:
 
     summary: flat keys ("ppo.kl"), values that belong to one group of prompts as "win_rate[group]". metrics and timings: stage ->
     lines in file order. policies: name ("sft", "ppo", "base") -> figures. wins: judge -> {"win_rate", "low", "high", "n"}.
-    samples: one record a held-out prompt. problems: one sentence for each file or line that could not be read.
+    samples: one record a held-out prompt. evaluations: those made during PPO, each value a list over prompts. card, path, best_of_n:
+    the files of that name (docs/metrics.md). prints: stage -> fingerprint of what it was made from. problems: one sentence for each
+    file or line that could not be read.
     """
 
     name: str = "run"
@@ -34,6 +36,11 @@ class RunData:
     samples: list[Record] = field(default_factory=list)
     policies: dict[str, Record] = field(default_factory=dict)
     wins: dict[str, Record] = field(default_factory=dict)
+    evaluations: list[Record] = field(default_factory=list)
+    card: Record = field(default_factory=dict)
+    path: Record = field(default_factory=dict)
+    best_of_n: Record = field(default_factory=dict)
+    prints: dict[str, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def value(self, key: str) -> float | None:
@@ -86,6 +93,11 @@ def number(value: object) -> float | None:
     return result if abs(result) <= LARGEST else None  # False for NaN
 
 
+def records(value: object) -> list[Record]:
+    """The records of a list; nothing for anything else."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
 def load_run(folder: Path) -> RunData:
     """Read a run folder (layout: design, "The run folder"). Raises FileNotFoundError where there is no such folder."""
     if not folder.is_dir():
@@ -98,8 +110,14 @@ def load_run(folder: Path) -> RunData:
         run.metrics[stage] = _lines(folder, f"{stage}/metrics.jsonl", problems)
         run.timings[stage] = _lines(folder, f"{stage}/timings.jsonl", problems)
     run.samples = _lines(folder, "evaluation/samples.jsonl", problems)
+    run.evaluations = _lines(folder, "ppo/evaluations.jsonl", problems)
     run.policies = _records(_object(folder, "evaluation/policies.json", problems))
     run.wins = _records(_object(folder, "evaluation/wins.json", problems))
+    run.card = _object(folder, "reward/card.json", problems) or _object(folder, "evaluation/reward_card.json", problems)
+    run.path = _object(folder, "evaluation/path.json", problems)
+    run.best_of_n = _object(folder, "evaluation/best_of_n.json", problems)
+    for stage, place in (*((stage, stage) for stage in STAGES), ("evaluate", "evaluation")):
+        run.prints |= _records({stage: _object(folder, f"{place}/done.json", problems).get("fingerprint")})
     return run
 
 

@@ -1,18 +1,20 @@
-"""RunData -> report.html: one file, no scripts, nothing loaded from anywhere."""
+"""RunData -> report.html: one file, nothing loaded from anywhere; one script of our own, which filters the samples."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from tercet.report import tables
+from tercet.report import card, frontier, tables
 from tercet.report.curves import Plot, stage_plots
 from tercet.report.findings import Finding
 from tercet.report.load import STAGES, RunData, load_run
-from tercet.report.samples import OPEN, shelves
+from tercet.report.samples import shelves
 from tercet.report.text import curly, plain, show_count
 from tercet.report.verdict import verdict
 
@@ -38,15 +40,12 @@ def write_report(run_folder: Path) -> Path:
 
 def render(run: RunData) -> str:
     """The page as a string. All text of the run is escaped by the template; only the drawings, made here, are not."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["curly"] = curly
-    here = files("tercet.report")
-    template = environment.from_string(here.joinpath("template.html").read_text(encoding="utf-8"))
     findings = verdict(run)
     stages = [(tables.TITLES[stage], stage, *_split(stage_plots(run, stage))) for stage in STAGES]
     chosen, sample_shelves = shelves(run)
-    page = template.render(
-        style=here.joinpath("style.css").read_text(encoding="utf-8"),
+    return fill(
+        "template.html",
+        script=resource("page.js"),
         name=plain(run.name, 120),
         findings=findings,
         headline=sentence(findings),
@@ -57,7 +56,12 @@ def render(run: RunData) -> str:
         stages=[stage for stage in stages if stage[2] or stage[3]],
         chosen=chosen,
         shelves=sample_shelves,
-        open_samples=OPEN,
+        sample_groups=sorted({sample.group for shelf in sample_shelves for sample in shelf.samples if sample.group}),
+        worth=frontier.comparison(run),
+        card_sentences=card.sentences(run),
+        card_table=card.table(run),
+        card_plots=card.plots(run),
+        data=tables.data(run),
         time=tables.machine_time(run),
         facts=tables.facts(run),
         all_figures=tables.everything(run),
@@ -65,7 +69,21 @@ def render(run: RunData) -> str:
         config=plain(run.config, CONFIG_CHARACTERS),
         problems=[plain(problem, 300) for problem in run.problems],
     )
+
+
+def fill(template: str, *, script: str = "", **values: object) -> str:
+    """A template of this room with the style sheet and the filters of all pages. Only the given script may run: the page names its hash."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["curly"] = curly
+    environment.loader = FunctionLoader(resource)
+    allowed = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.get_template(template).render(style=resource("style.css"), script=script, script_hash=allowed, **values)
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate that slipped through must not stop the page
+
+
+def resource(name: str) -> str:
+    """A file of this room."""
+    return files("tercet.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _split(plots: list[Plot]) -> tuple[list[Plot], list[Plot]]:

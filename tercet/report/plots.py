@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ SMOOTHING = 20  # the moving average spans 1 / SMOOTHING of the series
 FEW_POINTS = 12  # up to here every point gets a mark
 
 # matplotlib wants real colours: these sentinels leave it and become the page's variables.
-INK, GRID, MAIN, HELD_OUT, THIRD, RULE = "#010201", "#010202", "#010203", "#010204", "#010205", "#010206"
+INK, GRID, MAIN, HELD_OUT, THIRD, RULE, FOURTH, FIFTH, SIXTH = (f"#01020{place}" for place in range(1, 10))
 VARIABLES = {INK: "--muted", GRID: "--grid", MAIN: "--ppo", HELD_OUT: "--eval", THIRD: "--third", RULE: "--rule"}
-COLOURS = {"main": MAIN, "held-out": HELD_OUT, "third": THIRD}
+VARIABLES |= {FOURTH: "--fourth", FIFTH: "--fifth", SIXTH: "--sixth"}
+COLOURS = {"main": MAIN, "held-out": HELD_OUT, "third": THIRD, "fourth": FOURTH, "fifth": FIFTH, "sixth": SIXTH, "rule": RULE}
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -37,12 +38,16 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One series. role: "main" (training, smoothed where long), "held-out" or "third" (evaluations: every point marked)."""
+    """One series. role: its colour, one of COLOURS; "main" (training) is smoothed where it is long, others are evaluations: every point
+    is marked. lows, highs: the ends of each point's interval, drawn as a bar. plain: a line without marks."""
 
     xs: Sequence[float]
     ys: Sequence[float]
     label: str
     role: str = "main"
+    lows: Sequence[float] = ()
+    highs: Sequence[float] = ()
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,33 +93,46 @@ def draw(name: str, lines: Sequence[Line], *, x_label: str, label: str, marks: S
 
     share: the y axis in per cent.
     """
+
+    def paint(axes: matplotlib.axes.Axes) -> None:
+        for line in lines:
+            draw_line(axes, line)
+        for mark in marks:
+            axes.axhline(mark.y, color=RULE, linewidth=0.9, dashes=(4, 3), zorder=1.5)
+        dress(axes, x_label, lines, share)
+
+    return paint_svg(name, label, paint)
+
+
+def paint_svg(name: str, label: str, paint: Callable[[matplotlib.axes.Axes], None]) -> str:
+    """An <svg> element of what `paint` draws; name and label as for `draw`."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(4.2, 2.25))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.115, 0.175, 0.875, 0.775))
-        for line in lines:
-            _draw_line(axes, line)
-        for mark in marks:
-            axes.axhline(mark.y, color=RULE, linewidth=0.9, dashes=(4, 3), zorder=1.5)
-        _dress(axes, x_label, lines, share)
+        paint(figure.add_axes((0.115, 0.175, 0.875, 0.775)))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), name, label)
 
 
-def _draw_line(axes: matplotlib.axes.Axes, line: Line) -> None:
+def draw_line(axes: matplotlib.axes.Axes, line: Line) -> None:
+    """A series with its intervals, if it has any."""
     colour, count = COLOURS[line.role], len(line.ys)
+    if line.lows and count <= MOST_POINTS:
+        axes.vlines(line.xs, line.lows, line.highs, color=colour, linewidth=1.0, alpha=0.45, zorder=2)
     if line.role == "main" and count >= SMOOTHED_FROM:
         axes.plot(*thin(line.xs, line.ys), color=colour, linewidth=0.8, alpha=0.28, zorder=2)
         average = smooth(line.ys, max(3, count // SMOOTHING))
         axes.plot(*thin(line.xs, average, MOST_POINTS // 2), color=colour, linewidth=1.7, zorder=3)
         return
     xs, ys = thin(line.xs, line.ys)
-    marker = "o" if count <= FEW_POINTS or (line.role != "main" and count <= 3 * FEW_POINTS) else None
+    marked = not line.plain and (count <= FEW_POINTS or (line.role != "main" and count <= 3 * FEW_POINTS))
+    marker = "o" if marked else None
     axes.plot(xs, ys, color=colour, linewidth=1.5, marker=marker, markersize=3.2, markeredgewidth=0, zorder=4)
 
 
-def _dress(axes: matplotlib.axes.Axes, x_label: str, lines: Sequence[Line], share: bool) -> None:
+def dress(axes: matplotlib.axes.Axes, x_label: str, lines: Sequence[Line], share: bool) -> None:
+    """Axes, grid and labels in the page's manner."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)

@@ -1,38 +1,32 @@
-"""The rules on PPO and on its outcome. How rules work: verdict.py."""
+"""The rules on PPO and on its outcome. How rules work: verdict.py; thresholds and advice: causes.py."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
 
-from tercet.report.findings import FEW_LINES, Finding, Level, Rule, interval_of_mean, last, score_gains
+from tercet.report.causes import CAUSES
+from tercet.report.findings import FEW_LINES, Finding, Level, Rule, fault, gains, interval_of_mean, last
 from tercet.report.load import RunData, number
 from tercet.report.text import THIN, percent, plain, short, signed
 
-KL_NONE = 0.5  # nats per response
-KL_EXPLODED = 60.0
-KL_NEGATIVE = -0.5
-SAMPLER_GAP = 0.5  # nats a token between sampler and training forward
-FINISHED_DROP_ERROR = 0.3  # SFT's finished share minus PPO's
-FINISHED_DROP_WARNING = 0.1
-ENTROPY_ERROR = 0.1  # last entropy over the first
-ENTROPY_WARNING = 0.25
-DISTINCT_ERROR = 0.4  # PPO's distinct bigrams over SFT's
-DISTINCT_WARNING = 0.7
-EXPLAINED_VARIANCE_LOW = 0.05  # median of the last half
-CLIP_FRACTION_HIGH = 0.4  # mean of the last half
-LENGTH_RATIO_HIGH = 1.8  # PPO's mean length over SFT's
-LENGTH_RATIO_LOW = 0.3
-GOLD_FALL = 0.2  # fall from the peak, as a share of the rise to it
-GOLD_NOISE = 0.1  # and at least this many standard deviations of SFT's gold scores, where they are known
+GAINS_OVER_LENGTH = 0.1  # mean lengths must differ by this share before a win can be called one of length
 
 
 def _sampler(run: RunData) -> Iterable[Finding]:
     gaps = run.finite("ppo", "sampler_logprob_gap")
-    if gaps and statistics.median(gaps) > SAMPLER_GAP:
+    if gaps:
         gap = statistics.median(gaps)
-        text = f"Their log-probabilities of the same token lie {short(gap)} nats apart: sampling settings or precision differ."
-        yield Finding("error", "The sampler and the policy are not the same model", text, short(gap), "ppo", "sampler_gap")
+        yield from fault(
+            "sampler_gap", gap, f"Their log-probabilities of the same token lie {short(gap)} nats apart.", short(gap)
+        )
+
+
+def _score_constant(run: RunData) -> Iterable[Finding]:
+    spreads = run.finite("ppo", "score_std")
+    if spreads:
+        text = f"In no iteration did the scores of a batch differ by more than {short(max(spreads))}."
+        yield from fault("score_constant", max(spreads), text, short(max(spreads)))
 
 
 def final_kl(run: RunData) -> float | None:
@@ -45,108 +39,101 @@ def _kl(run: RunData) -> Iterable[Finding]:
     kl, win_low = final_kl(run), run.value("win_rate_low")
     if kl is None:
         return
-    figure, budget = f"{short(kl)}{THIN}nats", run.value("ppo.kl_budget")
-    limit = KL_EXPLODED if budget is None else budget
-    if kl < KL_NEGATIVE:
-        text = f"A mean KL of {short(kl)} nats cannot be: sampled text and log-probabilities come from different distributions."
-        yield Finding("error", "PPO's KL is negative", text, figure, "ppo", "kl_negative")
-    elif kl < KL_NONE:
-        level: Level = "warning" if win_low is not None and win_low > 0.5 else "error"
-        text = f"The KL to the SFT policy is {short(kl)} nats per response: lower kl_coef, raise the learning rate or run longer."
-        yield Finding(level, "PPO never left the reference", text, figure, "ppo", "kl_none")
-    elif kl > limit:
-        named = "the budget of this run" if budget is not None else "a range in which the reward model can be trusted"
-        text = (
-            f"The KL is {short(kl)} nats per response; {named} ends at {short(limit)}: raise kl_coef or lower the learning rate."
-        )
-        yield Finding("error", "PPO ran away from the reference", text, figure, "ppo", "kl_exploded")
+    figure = f"{short(kl)}{THIN}nats"
+    negative = list(fault("kl_negative", kl, f"A mean KL of {short(kl)} nats cannot be.", figure))
+    level: Level = "warning" if win_low is not None and win_low > 0.5 else "error"
+    yield from negative or fault(
+        "kl_none", kl, f"The KL from the SFT policy is {short(kl)} nats a response.", figure, level=level
+    )
+    yield from _kl_exploded(run, kl, figure)
+
+
+def _kl_exploded(run: RunData, kl: float, figure: str) -> Iterable[Finding]:
+    budget, length, cause = run.value("ppo.kl_budget"), run.value("ppo.length"), CAUSES["kl_exploded"]
+    lengths = run.finite("ppo", "length")
+    length = length if length is not None else lengths[-1] if lengths else None
+    if budget is not None:
+        if kl > budget:
+            text = f"The KL is {short(kl)} nats a response; the budget of this run ends at {short(budget)}."
+            yield Finding("error", cause.title, text, figure, "ppo", "kl_exploded", cause.advice)
+    elif length:
+        text = f"The KL is {short(kl)} nats a response, {short(kl / length)} a token: few of its words would have been SFT's."
+        yield from fault("kl_exploded", kl / length, text, figure)
 
 
 def _score(run: RunData) -> Iterable[Finding]:
-    gains, sft, ppo = score_gains(run), run.value("sft.score"), run.value("ppo.score")
-    if len(gains) >= 2:
-        gain, low, high = interval_of_mean(gains)
-        between = f" (95 % interval {signed(low)} to {signed(high)}, {short(len(gains))} prompts)"
+    change, sft, ppo = gains(run, "score"), run.value("sft.score"), run.value("ppo.score")
+    if len(change) >= 2:
+        gain, low, high = interval_of_mean(change)
+        between = f" (95 % interval {signed(low)} to {signed(high)}, {short(len(change))} prompts)"
     elif sft is not None and ppo is not None:
         gain = low = high = ppo - sft
         between = ""
     else:
         return
-    if low > 0:
-        text = f"On held-out prompts the score rose by {short(gain)}{between}."
-        yield Finding("ok", "PPO raised the reward", text, signed(gain), "ppo", "score_rose")
-    elif high < 0:
-        text = f"On held-out prompts the score changed by {signed(gain)}{between}: it learned something else than the reward."
-        yield Finding("error", "PPO lowered the reward", text, signed(gain), "ppo", "score_fell")
-    else:
-        text = f"On held-out prompts the score changed by {signed(gain)}{between}: no gain over SFT can be shown."
-        yield Finding("error", "PPO did not raise the reward", text, signed(gain), "ppo", "score_flat")
+    text = f"On held-out prompts the score changed by {signed(gain)}{between}."
+    found = list(fault("score_fell", high, text, signed(gain)))
+    found = found or list(fault("score_flat", low if low != 0 else -1.0, text, signed(gain)))
+    yield from found or [Finding("ok", "PPO raised the reward", text, signed(gain), "ppo", "score_rose")]
 
 
 def _wins(run: RunData) -> Iterable[Finding]:
     rate, low, high = run.value("win_rate"), run.value("win_rate_low"), run.value("win_rate_high")
     if rate is not None:
         low, high = rate if low is None else low, rate if high is None else high
-        text = f"Against SFT on held-out prompts it wins {percent(rate)} (95 % interval {percent(low)} to {percent(high)})"
-        if high < 0.5:
-            yield Finding("error", "PPO's responses are worse than SFT's", f"{text}.", percent(rate), "ppo", "win_rate_low")
-        elif low <= 0.5:
-            yield Finding(
-                "warning",
-                "PPO's responses are no better than SFT's",
-                f"{text}: an even match.",
-                percent(rate),
-                "ppo",
-                "win_rate_even",
-            )
-        else:
-            yield Finding("ok", "PPO's responses win", f"{text}.", percent(rate), "ppo", "win_rate_good")
+        text = f"Against SFT on held-out prompts it wins {percent(rate)} (95 % interval {percent(low)} to {percent(high)})."
+        found = list(fault("win_rate_low", high, text, percent(rate)))
+        found = found or list(fault("win_rate_even", low if low != 0.5 else 0.0, text, percent(rate)))
+        yield from found or [Finding("ok", "PPO's responses win", text, percent(rate), "ppo", "win_rate_good")]
+        if not found:
+            yield from _length_controlled(run, rate)
     for judge, record in run.wins.items():
         judged, upper = number(record.get("win_rate")), number(record.get("high"))
-        if judged is not None and upper is not None and upper < 0.5 and rate is not None and rate >= 0.5:
-            text = f"By {plain(judge, 60)} it wins {percent(judged)}, the headline says {percent(rate)}: the reward was gamed."
-            yield Finding("error", "A second judge prefers SFT", text, percent(judged), "ppo", "judge_disagrees")
+        if judged is not None and upper is not None and rate is not None and rate >= 0.5:
+            text = f"By {plain(judge, 60)} it wins {percent(judged)}, the headline says {percent(rate)}."
+            yield from fault("judge_disagrees", upper, text, percent(judged))
+
+
+def _length_controlled(run: RunData, rate: float) -> Iterable[Finding]:
+    controlled, low = run.value("lc_win_rate"), run.value("lc_win_rate_low")
+    sft, ppo = run.value("sft.length"), run.value("ppo.length")
+    if controlled is None or low is None or not sft or ppo is None or abs(ppo / sft - 1) < GAINS_OVER_LENGTH:
+        return
+    text = f"It wins {percent(rate)}; where both responses are equally long, {percent(controlled)} is what is left."
+    yield from fault("win_by_length", low, text, percent(controlled))
 
 
 def _over_optimised(run: RunData) -> Iterable[Finding]:
     """Gold (or a judge) turns down while the trained score goes on rising (Gao 2022)."""
-    for key, name in (("gold", "gold score"), ("judge", "judge's score")):
-        marks = [
-            (at, value, score)
-            for line in run.metrics.get("ppo", ())
-            if (value := number(line.get(key))) is not None
-            and (score := number(line.get("eval_score"))) is not None
-            and (at := number(line.get("iteration"))) is not None
-        ]
-        if len(marks) < FEW_LINES:
+    turns = run.path.get("turns")
+    known = [(name, turn) for name, turn in turns.items() if isinstance(turn, dict)] if isinstance(turns, dict) else []
+    for judge, raw in sorted(known, key=lambda pair: pair[0] != "gold"):
+        turn = {key: number(value) for key, value in raw.items()}
+        at, low, high, fall, surely = (turn.get(key) for key in ("iteration", "low", "high", "fall", "fall_low"))
+        if at is None or fall is None or surely is None:
             continue
-        (_, first, _), (_, final, end_score) = marks[0], marks[-1]
-        peak_at, peak, peak_score = max(marks, key=lambda mark: mark[1])
-        spread = run.value("gold.sft_std") if key == "gold" else None
-        fall = peak - final
-        if fall > GOLD_FALL * (peak - first) and fall > GOLD_NOISE * (spread or 0.0) and end_score >= peak_score and fall > 0:
-            text = (
-                f"After iteration {short(peak_at)} the {name} fell from {short(peak)} to {short(final)}, while the trained score "
-                f"went from {short(peak_score)} to {short(end_score)}: stop there, or raise kl_coef."
-            )
-            yield Finding("error", "PPO over-optimised the reward model", text, signed(-fall), "ppo", "over_optimised")
-            return
-    gold_sft, gold_ppo, sft, ppo = (run.value(key) for key in ("gold.sft", "gold.ppo", "sft.score", "ppo.score"))
-    if gold_sft is None or gold_ppo is None:
+        name = {"gold": "the gold score", "judge": "the second reward model's score"}.get(
+            judge, f"the score by {plain(judge, 60)}"
+        )
+        between = f" (95 % interval {short(low)} to {short(high)})" if low is not None and high is not None and low < high else ""
+        since = f"After iteration {short(at)}{between}" if at else "From the first evaluation on"
+        text = f"{since} {name} fell by {short(fall)}, while the trained score went on rising."
+        yield from fault("over_optimised", surely, text, signed(-fall))
         return
-    if gold_ppo < gold_sft and sft is not None and ppo is not None and ppo > sft:
-        text = f"The score rose from {short(sft)} to {short(ppo)}, gold fell from {short(gold_sft)} to {short(gold_ppo)}."
-        title = "PPO over-optimised the reward model"
-        yield Finding("error", title, text, signed(gold_ppo - gold_sft), "ppo", "over_optimised")
+    gold, score = (gains(run, key) for key in ("gold", "score"))
+    if len(gold) < 2 or len(score) < 2:
+        return
+    (lost, _, high), (won, low, _) = interval_of_mean(gold), interval_of_mean(score)
+    if low > 0:
+        text = f"The trained score rose by {short(won)} over SFT's, and the gold score changed by {signed(lost)}."
+        yield from fault("over_optimised", -high, text, signed(lost))
 
 
 def _stops(run: RunData) -> Iterable[Finding]:
     sft, ppo = run.value("sft.finished"), run.value("ppo.finished")
-    if sft is None or ppo is None or sft - ppo <= FINISHED_DROP_WARNING:
-        return
-    text = f"{percent(sft)} of SFT's responses end by a stop token, and {percent(ppo)} of PPO's: raise the missing-EOS penalty."
-    level: Level = "error" if sft - ppo > FINISHED_DROP_ERROR else "warning"
-    yield Finding(level, "PPO unlearned to stop", text, percent(ppo), "ppo", "finished_fell")
+    if sft is not None and ppo is not None:
+        text = f"{percent(sft)} of SFT's responses end by a stop token, and {percent(ppo)} of PPO's."
+        yield from fault("finished_fell", sft - ppo, text, percent(ppo))
 
 
 def _entropy(run: RunData) -> Iterable[Finding]:
@@ -154,58 +141,62 @@ def _entropy(run: RunData) -> Iterable[Finding]:
     if len(entropy) < FEW_LINES:
         return
     start, end = statistics.fmean(entropy[: max(1, len(entropy) // 10)]), statistics.fmean(last(entropy, 0.1))
-    if start > 0 and end / start < ENTROPY_WARNING:
-        text = (
-            f"It fell from {short(start)} to {short(end)} nats per token: the policy says one thing to everybody. Raise kl_coef."
-        )
-        level: Level = "error" if end / start < ENTROPY_ERROR else "warning"
-        yield Finding(level, "PPO's entropy collapsed", text, percent(end / start), "ppo", "entropy_collapse")
+    if start > 0:
+        text = f"It fell from {short(start)} to {short(end)} nats a token."
+        yield from fault("entropy_collapse", end / start, text, percent(end / start))
 
 
 def _diversity(run: RunData) -> Iterable[Finding]:
     sft, ppo = run.value("sft.distinct2"), run.value("ppo.distinct2")
-    if not sft or ppo is None or ppo / sft >= DISTINCT_WARNING:
-        return
-    text = f"Distinct bigrams fell from {short(sft)} to {short(ppo)}, {percent(ppo / sft)} of SFT's: its responses look alike."
-    level: Level = "error" if ppo / sft < DISTINCT_ERROR else "warning"
-    yield Finding(level, "PPO lost diversity", text, percent(ppo / sft), "ppo", "distinct_fell")
+    if sft and ppo is not None:
+        text = f"Distinct bigrams fell from {short(sft)} to {short(ppo)}, {percent(ppo / sft)} of SFT's."
+        yield from fault("distinct_fell", ppo / sft, text, percent(ppo / sft))
+
+
+def _repeats(run: RunData) -> Iterable[Finding]:
+    sft, ppo = run.value("sft.repetition"), run.value("ppo.repetition")
+    if sft is not None and ppo is not None:
+        text = f"{percent(ppo)} of the bigrams of a response have stood in it before; in SFT's {percent(sft)}."
+        yield from fault("repeats", ppo - sft, text, percent(ppo))
 
 
 def _value_model(run: RunData) -> Iterable[Finding]:
     explained = run.finite("ppo", "explained_variance")
-    if len(explained) < FEW_LINES:
-        return
-    median = statistics.median(last(explained, 0.5))
-    if median < EXPLAINED_VARIANCE_LOW:
-        text = f"Its explained variance is {short(median)} (median of the last half): raise its learning rate."
-        yield Finding("warning", "The value model explains nothing", text, short(median), "ppo", "value_model")
+    if len(explained) >= FEW_LINES:
+        median = statistics.median(last(explained, 0.5))
+        text = f"Its explained variance is {short(median)} (median of the last half of the iterations)."
+        yield from fault("value_model", median, text, short(median))
+
+
+def _step_size(run: RunData) -> Iterable[Finding]:
+    steps = run.finite("ppo", "approx_kl")
+    if steps:
+        iterations, values = run.series("ppo", "approx_kl")
+        largest = max(steps)
+        at = iterations[values.index(largest)]
+        text = f"In iteration {short(at)} the policy moved {short(largest)} nats a token away from the one that had sampled."
+        yield from fault("step_size", largest, text, short(largest))
 
 
 def _clipping(run: RunData) -> Iterable[Finding]:
     clipped = run.finite("ppo", "clip_fraction")
-    if len(clipped) < FEW_LINES:
-        return
-    mean = statistics.fmean(last(clipped, 0.5))
-    if mean > CLIP_FRACTION_HIGH:
-        text = f"{percent(mean)} of the tokens hit the clip range (mean of the last half): lower the learning rate or ppo_epochs."
-        yield Finding("warning", "PPO's steps are too large", text, percent(mean), "ppo", "clip_fraction")
+    if len(clipped) >= FEW_LINES:
+        mean = statistics.fmean(last(clipped, 0.5))
+        text = f"{percent(mean)} of the tokens hit the clip range (mean of the last half of the iterations)."
+        yield from fault("clip_fraction", mean, text, percent(mean))
 
 
 def _length(run: RunData) -> Iterable[Finding]:
     sft, ppo = run.value("sft.length"), run.value("ppo.length")
-    if not sft or ppo is None:
-        return
-    text = f"The mean response went from {short(sft)} to {short(ppo)} tokens"
-    if ppo / sft > LENGTH_RATIO_HIGH:
-        text += ": check that the reward does not pay for length."
-        yield Finding("warning", "PPO's responses blew up in length", text, f"{short(ppo / sft)} ×", "ppo", "length_grew")
-    elif ppo / sft < LENGTH_RATIO_LOW:
-        text += ": check that the reward does not pay for saying nothing."
-        yield Finding("warning", "PPO's responses shrank", text, f"{short(ppo / sft)} ×", "ppo", "length_shrank")
+    if sft and ppo is not None:
+        text = f"The mean response went from {short(sft)} to {short(ppo)} tokens."
+        for rule in ("length_grew", "length_shrank"):
+            yield from fault(rule, ppo / sft, text, f"{short(ppo / sft)} ×")
 
 
 PPO_RULES: tuple[Rule, ...] = (
     _sampler,
+    _score_constant,
     _kl,
     _score,
     _wins,
@@ -213,7 +204,9 @@ PPO_RULES: tuple[Rule, ...] = (
     _stops,
     _entropy,
     _diversity,
+    _repeats,
     _value_model,
+    _step_size,
     _clipping,
     _length,
 )

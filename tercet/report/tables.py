@@ -21,14 +21,22 @@ FIGURES: dict[str, tuple[str, str, bool]] = {
     "distinct2": ("Distinct bigrams", "share", False),
     "repetition": ("Repetition", "within a response", False),
     "perplexity": ("Perplexity", "under the base model", False),
+    "win_rate": ("Preferred to SFT", "ties half", True),
+    "lc_win_rate": ("Preferred at equal length", "ties half", True),
 }
 # What is shown of each group of prompts; all their other figures are in summary.json.
 GROUP_FIGURES = (
     *("win_rate", "gold.win_rate", "gold.sft", "gold.ppo", "sft.score", "ppo.score", "ppo.kl"),
     *("sft.finished", "ppo.finished", "sft.length", "ppo.length", "sft.distinct2", "ppo.distinct2"),
 )
-SHARES = ("win_rate", "finished", "accuracy", "ceiling")
-POLICY_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
+SHARES = ("win_rate", "finished", "accuracy")
+POLICY_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO", "best": "Best"}
+JUDGE_NAMES = {
+    "score": "reward model's score",
+    "judge": "second reward model's score",
+    "gold": "gold score",
+    "bag_of_words": "words alone",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Bar:
     high: float
     text: str
     note: str
+    controlled: str  # the rate where both responses are equally long, "" where that is not known
 
 
 def show(key: str, value: float | None) -> str:
@@ -62,7 +71,7 @@ def show(key: str, value: float | None) -> str:
 
 def comparison(run: RunData) -> Table | None:
     """SFT against PPO, with the base model and other policies where they were evaluated."""
-    policies = sorted(run.policies, key=lambda name: (["base", "sft", "ppo"].index(name) if name in POLICY_NAMES else 3, name))
+    policies = sorted(run.policies, key=lambda name: (list(POLICY_NAMES).index(name) if name in POLICY_NAMES else 9, name))
     policies = policies or [name for name in ("sft", "ppo") if run.ran(name)]
     rows = []
     for key, (name, note, share) in FIGURES.items():
@@ -102,8 +111,15 @@ def wins(run: RunData) -> list[Bar]:
         low, high = rate if low is None else low, rate if high is None else high
         note = f"{percent(low)} to {percent(high)}" + (f", {short(count)} prompts" if count else "")
         at, left, right = (min(100.0, max(0.0, 100 * share)) for share in (rate, low, high))
-        bars.append(Bar(plain(judge, 60).replace("_", " "), at, left, right, percent(rate), note))
+        controlled = number(record.get("lc_win_rate"))
+        equal = "" if controlled is None else percent(controlled)
+        bars.append(Bar(judge_name(judge), at, left, right, percent(rate), note, equal))
     return bars
+
+
+def judge_name(judge: str) -> str:
+    """What a judge is called in a sentence."""
+    return JUDGE_NAMES.get(judge, plain(judge, 60).replace("_", " "))
 
 
 def groups(run: RunData) -> Table | None:
@@ -139,9 +155,9 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     if (kl := run.value("ppo.kl")) is not None:
         found.append((short(kl), "nats from SFT", "KL per response"))
     if (accuracy := run.value("reward.eval_accuracy")) is not None:
-        interval, ceiling = accuracy_interval(run), run.value("reward.ceiling")
+        interval = accuracy_interval(run)
         note = f"{percent(interval[0])} to {percent(interval[1])}" if interval else "held-out pairs"
-        found.append((percent(accuracy), "reward model accuracy", note + (f"; ceiling {percent(ceiling)}" if ceiling else "")))
+        found.append((percent(accuracy), "reward model accuracy", note))
     if (finished := run.value("ppo.finished")) is not None:
         before = run.value("sft.finished")
         found.append((percent(finished), "end by EOS", f"SFT {percent(before)}" if before is not None else "of PPO's responses"))
@@ -171,6 +187,19 @@ def machine_time(run: RunData) -> Table | None:
 TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 
 
+def data(run: RunData) -> Table | None:
+    """The files that the run was made from, each with the beginning of its SHA-256."""
+    rows: dict[str, tuple[str, str, list[str]]] = {}
+    for record in run.prints.values():
+        files = record.get("data")
+        for key, prints in (files if isinstance(files, dict) else {}).items():
+            for name, digest in (prints if isinstance(prints, dict) else {key: prints}).items():
+                rows.setdefault(
+                    f"{key} {name}", (plain(key, 120), plain(name, 80) if name != key else "", [plain(digest, 16)[:16]])
+                )
+    return Table("Data", ["SHA-256, first 16 digits"], list(rows.values())) if rows else None
+
+
 def facts(run: RunData) -> list[tuple[str, str]]:
     """What the run was made with: seed, precision, versions, machine."""
     known = ("seed", "dtype", "threads", "device", "machine", "commit", "python")
@@ -182,7 +211,7 @@ def facts(run: RunData) -> list[tuple[str, str]]:
 
 def everything(run: RunData) -> list[tuple[str, str]]:
     """summary.json as it is, unrounded."""
-    return [(plain(key, 120), plain(value, 400)) for key, value in run.summary.items()]
+    return [(plain(key, 120), plain(value, 400)) for key, value in run.summary.items() if key != "verdict"]
 
 
 def command(run: RunData) -> str:

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tercet.errors import TercetError
+from tercet.runtime.files import sync
 
-FORMAT = 1
+FORMAT = 2  # 2: the random states of every rank
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -55,13 +57,14 @@ class Checkpoints:
         hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(hashes), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         final = self._path(step)
         replaced = self._folder / f".replaced-{final.name}"
         if final.exists():  # an iteration that was interrupted twice: the one saved before stays until this one is in place
+            shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)
         os.replace(temporary, final)
-        _sync(self._folder)
+        sync(self._folder)
         shutil.rmtree(replaced, ignore_errors=True)
         steps = self._steps()
         # Steps beyond this one were damaged, or the run would have gone on from them: they must not count as kept.
@@ -71,10 +74,6 @@ class Checkpoints:
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
         complaints: list[str] = []
-        for replaced in self._folder.glob(".replaced-step-*"):  # the process died between two renames
-            final = self._folder / replaced.name.removeprefix(".replaced-")
-            if not final.exists():
-                os.replace(replaced, final)
         for step in reversed(self._steps()):
             try:
                 return self._read(self._path(step)), complaints
@@ -83,6 +82,15 @@ class Checkpoints:
                     f"{self._path(step)} is damaged ({error}); going back to the one before it, or to the beginning"
                 )
         return None, complaints
+
+    def recover(self) -> None:
+        """Put back what a process that died between the two renames of `save` had moved aside. For one rank alone, before reading."""
+        for replaced in self._folder.glob(".replaced-step-*"):
+            final = self._folder / replaced.name.removeprefix(".replaced-")
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                os.replace(replaced, final)
 
     def clear(self) -> None:
         """Remove them all: the stage is finished."""
@@ -119,57 +127,35 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def random_state() -> dict[str, Any]:
-    """The states of torch's, numpy's and Python's global generators, as JSON values."""
+def random_state(device: torch.device = CPU) -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's global generators and of the device's own, as JSON values."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
+    state = {
         "torch": torch.get_rng_state().tolist(),
         "python": [version, list(numbers), gauss],
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
+    if device.type == "cuda":  # dropout on a GPU draws from the GPU's generator
+        state["cuda"] = torch.cuda.get_rng_state(device).tolist()
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state().tolist()
+    return state
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any], device: torch.device = CPU) -> None:
     """Undo everything that drew from the global generators since `random_state`."""
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(torch.tensor(state["mps"], dtype=torch.uint8))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder in its place; the old one is gone only when the new one is complete on disk."""
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _sync(final.parent)
-
-
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -45,11 +45,11 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of all ranks, in one exchange per dtype; a rank that had no rows contributes zeros."""
         if self.size == 1:
             return
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter in parameters:
             if parameter.requires_grad:
                 if parameter.grad is None:
@@ -87,6 +87,6 @@ class World:
         return module
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from tercet.errors import TercetError
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder, made if missing; a second process on it is refused. Other ranks share the first one's lock."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the run folder, made if missing; a second process on it is refused. Other ranks share the first one's lock.
+
+    Gives whether this process is the one that holds it. The lock goes with the process, however it ends; a folder in which nothing
+    came to be goes too.
+    """
     if int(os.environ.get("RANK", "0")) > 0:
-        yield
+        yield False
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise TercetError(f"{folder}: the run folder cannot be written ({error.strerror}): choose another output") from None
-    with file:
+    with _held(folder) as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
+
+
+def _held(folder: Path) -> TextIO:
+    """The lock file, opened and held; TercetError if another process holds it or the folder cannot be written."""
+    path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise TercetError(f"{folder}: the run folder cannot be written ({error.strerror}): choose another output") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise TercetError(
-                f"{folder} is in use by process {file.read().strip() or '?'}: wait for it, or choose another output"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+            holder = file.read().strip() or "?"
+            file.close()
+            raise TercetError(f"{folder} is in use by process {holder}: wait for it, or choose another output") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its holder has just removed it, and a lock on a file without a name keeps nobody out

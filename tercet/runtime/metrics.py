@@ -25,6 +25,12 @@ class JsonLines:
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
+    def sync(self) -> None:
+        """Wait until every line is on the disk: before a checkpoint, which must never be ahead of its metrics."""
+        if self._path.exists():
+            with self._path.open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+
     def cut_after(self, step: int) -> None:
         """Drop lines beyond `step`, and a last line that a kill left half-written."""
         if not self._path.exists():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,19 @@ from tercet.runtime.distributed import World
 
 
 class Optimizer:
-    """AdamW (betas 0.9, 0.999, eps 1e-5) over a module's trainable parameters, with state that is saved by parameter name."""
+    """AdamW (betas 0.9, 0.999, eps 1e-5) over a module's trainable parameters, with state that is saved by parameter name.
+
+    A module may hold some of its parameters in half precision and their float32 originals in a dictionary `masters`, by name.
+    Then gradients are summed, and steps taken, in float32, and the rounded results copied to the module.
+    """
 
     def __init__(self, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world: World):
-        self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        masters: dict[str, Tensor] = getattr(module, "masters", {})
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._halves = {name: parameter for name, parameter in trained.items() if name in masters}
+        self._named = {name: masters.get(name, parameter) for name, parameter in trained.items()}
+        for name, half in self._halves.items():
+            half.register_post_accumulate_grad_hook(_move_gradient_to(self._named[name].requires_grad_()))
         self._max_grad_norm = max_grad_norm
         self._world = world
         self._adam = torch.optim.AdamW(
@@ -30,13 +40,28 @@ class Optimizer:
         """Add gradients over ranks, clip, step, and clear them. Returns the norm before clipping; if it is not finite, no step is
         taken and nothing changes."""
         self._world.sum_gradients(self._named.values())
-        norm = nn.utils.clip_grad_norm_(self._named.values(), self._max_grad_norm).item()
-        if norm == norm and norm not in (float("inf"), float("-inf")):
+        found = nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+        norm = found.item()
+        if norm > self._max_grad_norm:  # else the factor is 1: a pass over memory for nothing
+            nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, found)
+        if math.isfinite(norm):
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate
             self._adam.step()
+            self._round()
         self._adam.zero_grad(set_to_none=True)
         return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parameters by name, each in float32 or wider."""
+        return {name: parameter.data for name, parameter in self._named.items()}
+
+    @torch.no_grad()
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `weights` gave."""
+        for name, parameter in self._named.items():
+            parameter.copy_(tensors[name])
+        self._round()
 
     def state(self) -> dict[str, Tensor]:
         """The moments, named "parameter/exp_avg" and so on."""
@@ -53,6 +78,23 @@ class Optimizer:
             parameter = self._named[name]
             self._adam.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, half in self._halves.items():
+            half.copy_(self._named[name])
 
-def _fused(parameters: Iterable[nn.Parameter]) -> bool:
+
+def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
+    def move(half: Tensor) -> None:
+        assert half.grad is not None
+        if master.grad is None:
+            master.grad = half.grad.float()
+        else:
+            master.grad.add_(half.grad)
+        half.grad = None
+
+    return move
+
+
+def _fused(parameters: Iterable[Tensor]) -> bool:
     return all(p.device.type in ("cpu", "cuda") for p in parameters)

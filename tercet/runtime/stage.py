@@ -19,7 +19,7 @@ from tercet.errors import TercetError
 from tercet.runtime.checkpoint import Checkpoint, Checkpoints, random_state, restore_random_state
 from tercet.runtime.distributed import World
 from tercet.runtime.interrupted import Interrupted
-from tercet.runtime.machine import Machine
+from tercet.runtime.machine import Machine, release_free_memory
 from tercet.runtime.metrics import JsonLines, peak_memory_mb
 from tercet.runtime.optim import Optimizer
 from tercet.runtime.progress import Bar, console
@@ -62,31 +62,56 @@ class StageRun:
     checkpoint_keep: int
     counter: str = "step"  # the field that counts up in metrics.jsonl
     interrupt: Interrupt = field(default_factory=Interrupt)
+    checkpoint_minutes: float | None = None
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.checkpoint_keep)
-        self.metrics = JsonLines(self.folder / "metrics.jsonl", self.counter)
-        self.timings = JsonLines(self.folder / "timings.jsonl", self.counter)
+        self._journals: list[JsonLines] = []
+        self.metrics = self.journal("metrics.jsonl")
+        self.timings = self.journal("timings.jsonl")
+        self._saved_at = time.monotonic()
+
+    def journal(self, name: str) -> JsonLines:
+        """A file of lines in the stage's folder that resuming cuts back to the checkpoint."""
+        self._journals.append(JsonLines(self.folder / name, self.counter))
+        return self._journals[-1]
 
     def resume(self) -> Checkpoint | None:
-        """The state to go on from, with the random generators and the metrics set back to it; None at the beginning."""
+        """The state to go on from, with the random generators and the journals set back to it; None at the beginning."""
+        if self.world.is_main:
+            self.checkpoints.recover()
+        self.world.barrier()
         checkpoint, complaints = self.checkpoints.latest()
         for complaint in complaints:
             console.print(f"[yellow]{complaint}")
         done = checkpoint.step if checkpoint else 0
         if self.world.is_main:
-            self.metrics.cut_after(done)
-            self.timings.cut_after(done)
+            for journal in self._journals:
+                journal.cut_after(done)
         if checkpoint is not None:
-            restore_random_state(checkpoint.values["random"])
+            states = checkpoint.values["random"]  # of each rank: their rows differ, and so does what dropout has drawn
+            restore_random_state(states[self.world.rank % len(states)], self.machine.device)
             console.print(f"{self.name}: going on after {self.counter} {done}")
         self.world.barrier()
         return checkpoint
 
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after this step: by its number, or by the clock. The same on every rank."""
+        return step % self.checkpoint_every == 0 or self.world.any(self.overdue)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether checkpoint.every_minutes have passed since the last checkpoint, by this rank's clock."""
+        return self.checkpoint_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.checkpoint_minutes
+
     def save(self, step: int, values: dict[str, Any], tensors: dict[str, dict[str, Any]]) -> None:
         """Write exact-resume state; every rank computes the same, the first one writes."""
+        states = self.world.gather(random_state(self.machine.device))
         if self.world.is_main:
-            self.checkpoints.save(step, {**values, "random": random_state()}, tensors)
+            for journal in self._journals:
+                journal.sync()
+            self.checkpoints.save(step, {**values, "random": states}, tensors)
+        self._saved_at = time.monotonic()
         self.world.barrier()
 
     def log(self, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
@@ -123,11 +148,12 @@ def train(
     checkpoint = run.resume()
     start = 0
     if checkpoint is not None:
-        module.load_state_dict(checkpoint.tensors["model"])
+        optimizer.load_weights(checkpoint.tensors["model"])
         optimizer.load_state(checkpoint.tensors["optimizer"])
         start = checkpoint.step
     eval_every = schedule.eval_every or schedule.steps_per_epoch
     skipped = checkpoint.values["skipped"] if checkpoint else 0
+    release_free_memory()
     module.train()
     with Bar(run.name, schedule.total_steps, done=start, silent=not run.world.is_main) as bar:
         for step in range(start, schedule.total_steps):
@@ -156,8 +182,8 @@ def train(
                 **{name: value for name, value in row.items() if name in ("loss", "accuracy", "eval_loss", "eval_accuracy")}
             )
             last, stopping = step + 1 == schedule.total_steps, run.world.any(run.interrupt.requested)
-            if stopping or last or (step + 1) % run.checkpoint_every == 0:
-                run.save(step + 1, {"skipped": skipped}, {"model": module.state_dict(), "optimizer": optimizer.state()})
+            if run.due(step + 1) or stopping or last:
+                run.save(step + 1, {"skipped": skipped}, {"model": optimizer.weights(), "optimizer": optimizer.state()})
             if stopping and not last:
                 raise Interrupted
     module.eval()

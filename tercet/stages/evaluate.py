@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tercet.algo.kl import k1, sequence_kl
-from tercet.algo.statistics import bootstrap_interval, distinct_n, win_rate
+from tercet.algo.statistics import bootstrap_interval, distinct_n, length_controlled_win_rate, win_rate
 from tercet.data.batches import microbatches
 from tercet.generation.base import Generator
 from tercet.generation.sampling import uniforms
@@ -18,6 +18,10 @@ from tercet.models.roles import Policy
 from tercet.runtime.distributed import World
 from tercet.scoring.base import Scorer
 from tercet.stages.rollout import PromptSet
+from tercet.types import Sequences, TokenRow
+
+Row = dict[str, Any]
+_DRAWS_APART = 2**32  # the random numbers of draw d of prompt i are those of row d * this + i
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ class Sampling:
     max_tokens: int
 
 
+@dataclass(frozen=True)
+class Journey:
+    """Where a long evaluation stands. before: rows that an earlier attempt has computed, whole batches of them; keep: takes each new
+    batch of rows, on every rank; done: takes the number of rows that have just been dealt with."""
+
+    before: Sequence[Row] = ()
+    keep: Callable[[Sequence[Row]], None] = lambda rows: None
+    done: Callable[[int], None] = lambda count: None
+
+
 @torch.no_grad()
 def respond(
     policy: Policy,
@@ -49,25 +63,20 @@ def respond(
     judges: Judges,
     sampling: Sampling,
     world: World | None = None,
-    done: Callable[[int], None] = lambda count: None,
-) -> list[dict[str, Any]]:
-    """One response to each prompt: its text, score, other judges' scores, KL to the reference, length, entropy, token ids.
+    *,
+    places: Sequence[int] | None = None,
+    journey: Journey | None = None,
+) -> list[Row]:
+    """One response to each of the prompts at `places` (all by default): its text, score, other judges' scores, KL to the reference,
+    length, entropy, token ids.
 
-    Each rank works on its own rows; all of them get the whole list.
+    Each rank works on its own rows; all of them get the whole list, in the order of `places`.
     """
-    world = world or World()
-    own = list(world.own_rows(len(prompts)))
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(own), sampling.batch_size):
-        places = own[start : start + sampling.batch_size]
-        numbers = (
-            None if sampling.greedy else uniforms(sampling.seed, "evaluation", 0, torch.tensor(places), sampling.max_new_tokens)
-        )
-        sequences = generator.sample([prompts.ids[place] for place in places], numbers)
-        texts = prompts.texts_of(sequences, places)
-        scores = judges.score.score(sequences, texts).tolist()
-        others = {name: scorer.score(sequences, texts).tolist() for name, scorer in judges.others.items()}
-        batch: list[dict[str, Any]] = [{} for _ in places]
+    world, journey = world or World(), journey or Journey()
+    rows = list(journey.before)
+    journey.done(len(rows))
+    for own in _batches(range(len(prompts)) if places is None else places, len(rows), sampling.batch_size, world):
+        sequences, batch = _answer(generator, prompts, judges, sampling, own)
         for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
             chosen = sequences.select(part)
             logprobs, entropy = policy(chosen, temperature=sampling.temperature, with_entropy=True)
@@ -76,26 +85,64 @@ def respond(
             kl = sequence_kl(k1(logprobs, ref_logprobs), chosen.response_mask).tolist()
             entropies = (entropy.sum(1) / chosen.response_lens.clamp(min=1)).tolist()
             for row, divergence, mean_entropy in zip(part, kl, entropies):
-                batch[row] = {"kl": divergence, "entropy": mean_entropy}
-        ids = sequences.response_ids.tolist()
-        for i, place in enumerate(places):
-            length = int(sequences.response_lens[i])
-            batch[i] |= {
-                "place": place,
-                "response": texts.responses[i],
-                "ids": ids[i][:length],
-                "length": length,
-                "finished": bool(sequences.finished[i]),
-                "score": scores[i],
-                **{name: values[i] for name, values in others.items()},
-            }
-        rows += batch
-        done(len(places))
-    return sorted((row for part in world.gather(rows) for row in part), key=lambda row: row["place"])
+                batch[row] |= {"kl": divergence, "entropy": mean_entropy}
+        rows += _together(batch, world, journey)
+    return rows
+
+
+@torch.no_grad()
+def draw(
+    generator: Generator,
+    prompts: PromptSet,
+    judges: Judges,
+    sampling: Sampling,
+    count: int,
+    world: World | None = None,
+    *,
+    places: Sequence[int],
+    journey: Journey | None = None,
+) -> list[Row]:
+    """`count` responses to each of the prompts at `places`, scored by every judge: for best-of-n. Draw after draw, never greedy.
+
+    A response depends on its prompt and the number of its draw, not on how many are drawn.
+    """
+    world, journey = world or World(), journey or Journey()
+    rows = list(journey.before)
+    journey.done(len(rows))
+    numbered = [(place, number) for number in range(count) for place in places]
+    for own in _batches(range(len(numbered)), len(rows), sampling.batch_size, world):
+        own_places, draws = [numbered[i][0] for i in own], [numbered[i][1] for i in own]
+        _, batch = _answer(generator, prompts, judges, sampling, own_places, draws)
+        scored = [{"draw": number, **_without(row, "response", "ids")} for number, row in zip(draws, batch)]
+        rows += _together(scored, world, journey)
+    return rows
+
+
+@torch.no_grad()
+def surprisal(
+    base: Policy, prompts: PromptSet, rows: Sequence[Row], sampling: Sampling, world: World | None = None
+) -> list[tuple[float, int]]:
+    """How unlikely the base model finds the text of each response: -log p in nats at temperature 1, and over how many tokens.
+
+    The stop token that ended a response is left out: a base model may never have seen one.
+    """
+    world = world or World()
+    own = world.own_rows(len(rows))
+    texts = [TokenRow((*prompts.ids[rows[i]["place"]], *rows[i]["ids"]), len(prompts.ids[rows[i]["place"]])) for i in own]
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(texts)
+    sequences = Sequences.from_rows(texts).to(base.device)
+    for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
+        chosen = sequences.select(part)
+        logprobs, _ = base(chosen, temperature=1.0)
+        for place, values in zip(part, logprobs.tolist()):
+            counted = rows[own[place]]["length"] - rows[own[place]]["finished"]
+            found[place] = -math.fsum(values[:counted]), counted
+    parts = world.gather(found)
+    return [parts[i % world.size][i // world.size] for i in range(len(rows))]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], judge_names: Sequence[str]) -> dict[str, float]:
-    """Means over responses: score, KL, length, share finished, entropy, distinct n-grams, repetition inside a response."""
+    """Means over responses: score, KL, length, share finished, entropy, distinct n-grams, repetition inside a response; perplexity."""
     names = ["score", "kl", "length", "finished", "entropy", *judge_names]
     figures = {name: _mean([float(row[name]) for row in rows]) for name in names}
     for name in ["score", *judge_names]:
@@ -103,26 +150,43 @@ def summarise(rows: Sequence[Mapping[str, Any]], judge_names: Sequence[str]) -> 
     tokens = [row["ids"] for row in rows]
     figures |= {f"distinct{n}": distinct_n(tokens, n) for n in (1, 2)}
     figures["repetition"] = _mean([_repetition(ids) for ids in tokens])
+    pairs = [row["surprisal"] for row in rows if "surprisal" in row]
+    counted = sum(count for _, count in pairs)
+    if counted:
+        figures["perplexity"] = math.exp(min(700.0, math.fsum(nats for nats, _ in pairs) / counted))
     return figures
 
 
 def wins(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]], judge: str, seed: int) -> dict[str, float]:
-    """The share of prompts on which `rows` beat `against` by that judge, ties half, with a 95 % bootstrap interval over prompts."""
+    """The share of prompts on which `rows` beat `against` by that judge, ties half, with a 95 % bootstrap interval over prompts; the
+    same where lengths are controlled for (`length_controlled_win_rate`)."""
     ours = torch.tensor([row[judge] for row in rows], dtype=torch.float64)
     theirs = torch.tensor([row[judge] for row in against], dtype=torch.float64)
     outcomes = ((ours - theirs).sign() + 1) / 2
     low, high = bootstrap_interval(outcomes, seed=seed)
-    return {"win_rate": float(win_rate(ours, theirs)), "low": low, "high": high, "n": len(rows)}
+    longer = torch.tensor([a["length"] - b["length"] for a, b in zip(rows, against)], dtype=torch.float64)
+    controlled, lc_low, lc_high = length_controlled_win_rate(outcomes, longer, seed)
+    found = {"win_rate": float(win_rate(ours, theirs)), "low": low, "high": high, "n": len(rows)}
+    return found | {"lc_win_rate": controlled, "lc_low": lc_low, "lc_high": lc_high}
 
 
 def compare(
     responses: Mapping[str, Sequence[Mapping[str, Any]]], judge_names: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of each policy, and the win rates of "ppo" over "sft" by each judge."""
+    """Figures of each policy, its win rate over "sft" by the second reward model (else by the score) among them; and the win rates of
+    "ppo" over "sft" by each judge."""
     policies = {name: summarise(rows, judge_names) for name, rows in responses.items()}
-    won = {}
-    if "ppo" in responses and "sft" in responses:
-        won = {name: wins(responses["ppo"], responses["sft"], name, seed) for name in ["score", *judge_names]}
+    won: dict[str, Any] = {}
+    if "sft" not in responses:
+        return policies, won
+    headline = "judge" if "judge" in judge_names else "score"
+    for name in responses.keys() - {"sft"}:
+        by = [headline] if name != "ppo" else ["score", *judge_names]
+        found = {judge: wins(responses[name], responses["sft"], judge, seed) for judge in by}
+        won = found if name == "ppo" else won
+        figures = found[headline]
+        policies[name] |= {"win_rate": figures["win_rate"], "win_rate_low": figures["low"], "win_rate_high": figures["high"]}
+        policies[name] |= {"lc_win_rate": figures["lc_win_rate"]}
     return policies, won
 
 
@@ -133,6 +197,50 @@ def groups_of(prompts: PromptSet, field: str | None) -> dict[str, list[int]]:
         for place, values in enumerate(prompts.fields):
             groups.setdefault(str(values.get(field)), []).append(place)
     return groups
+
+
+def _answer(
+    generator: Generator,
+    prompts: PromptSet,
+    judges: Judges,
+    sampling: Sampling,
+    places: Sequence[int],
+    draws: Sequence[int] | None = None,
+) -> tuple[Sequences, list[Row]]:
+    """Sample a response for each place and let every judge score it. draws: the number of the draw, where a prompt has several."""
+    numbers = None
+    if draws is not None or not sampling.greedy:
+        apart = torch.tensor([number * _DRAWS_APART + place for place, number in zip(places, draws or [0] * len(places))])
+        numbers = uniforms(sampling.seed, "evaluation", int(draws is not None), apart, sampling.max_new_tokens)
+    sequences = generator.sample([prompts.ids[place] for place in places], numbers)
+    if not places:  # a rank of many may have no rows; a user's function should not meet an empty list
+        return sequences, []
+    texts = prompts.texts_of(sequences, places)
+    columns: dict[str, list[Any]] = {"score": judges.score.score(sequences, texts).tolist()}
+    columns |= {name: scorer.score(sequences, texts).tolist() for name, scorer in judges.others.items()}
+    ids, lengths = sequences.response_ids.tolist(), sequences.response_lens.tolist()
+    columns |= {"place": list(places), "response": list(texts.responses), "length": lengths}
+    columns |= {"finished": sequences.finished.tolist(), "ids": [row[:length] for row, length in zip(ids, lengths)]}
+    return sequences, [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _batches(places: Sequence[int], done: int, size: int, world: World) -> Iterator[list[int]]:
+    """This rank's places of each batch of `size` for every rank; the first `done` places are dealt with already."""
+    for start in range(done, len(places), size * world.size):
+        yield list(places[start : start + size * world.size])[world.rank :: world.size]
+
+
+def _together(own: list[Row], world: World, journey: Journey) -> list[Row]:
+    """The rows of all ranks in the order of the batch, handed on."""
+    parts = world.gather(own)
+    rows = [parts[i % world.size][i // world.size] for i in range(sum(len(part) for part in parts))]
+    journey.keep(rows)
+    journey.done(len(rows))
+    return rows
+
+
+def _without(row: Row, *names: str) -> Row:
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def _mean(values: Sequence[float]) -> float:

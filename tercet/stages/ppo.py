@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from tercet.algo.kl import AdaptiveKL, FixedKL
 from tercet.algo.schedules import learning_rate
 from tercet.config.ppo import KLConfig, PPOConfig
+from tercet.models.roles import Policy
 from tercet.runtime.checkpoint import Checkpoint
+from tercet.runtime.distributed import World
 from tercet.runtime.interrupted import Interrupted
-from tercet.runtime.metrics import JsonLines, Stopwatch
+from tercet.runtime.machine import measured_rate, release_free_memory
+from tercet.runtime.metrics import Stopwatch
 from tercet.runtime.optim import Optimizer
 from tercet.runtime.progress import Bar
 from tercet.runtime.stage import StageRun
 from tercet.stages.rollout import Actors, PromptSet, Rollout, collect
-from tercet.stages.update import Trainables, UpdateProgress, update
+from tercet.stages.update import Trainables, UpdateProgress, update, update_flops
 from tercet.types import Experience, Sequences, TercetError
 
 Evaluate = Callable[[int], dict[str, float]]
@@ -45,11 +48,10 @@ def train_ppo(
     value_optimizer = Optimizer(actors.value_model, weight_decay=0.0, max_grad_norm=config.max_grad_norm, world=run.world)
     controller = kl_controller(config.kl)
     reference_hash = weights_hash(actors.ref_policy)
+    release_free_memory()
     state = _State(run, config, actors, policy_optimizer, value_optimizer, controller)
+    rollouts = run.journal("rollouts.jsonl")
     start, rollout, progress = state.restore()
-    rollouts = JsonLines(run.folder / "rollouts.jsonl", "iteration")
-    if run.world.is_main:
-        rollouts.cut_after(start)
     metrics: dict[str, Any] = (run.metrics.read() or [{}])[-1] if start else {}
     with Bar(run.name, config.iterations, done=start, silent=not run.world.is_main) as bar:
         for iteration in range(start, config.iterations):
@@ -68,8 +70,10 @@ def train_ppo(
                     max_tokens=run.machine.microbatch_tokens,
                     stopwatch=stopwatch,
                 )
+                check_rollout(rollout, config, run)
                 if iteration == 0:
-                    check_first_rollout(rollout, run.machine.dtype, second_round=second_round)
+                    logit = _largest_logit(actors.policy, prompts.ids[0])
+                    check_first_rollout(rollout, run.machine.dtype, logit, second_round=second_round)
             state.boundary(iteration, rollout, progress)
             rates = _rates(config, iteration)
             trainables = Trainables(actors.policy, actors.value_model, policy_optimizer, value_optimizer, *rates)
@@ -91,17 +95,18 @@ def train_ppo(
             metrics = {"iteration": iteration + 1, **rollout.metrics, **progress.metrics()}
             metrics["learning_rate"] = trainables.policy_learning_rate or 0.0
             last = iteration + 1 == config.iterations
-            if (config.evaluate_every and (iteration + 1) % config.evaluate_every == 0) and not last:
+            if config.evaluate_every and (last or (iteration + 1) % config.evaluate_every == 0):
                 with stopwatch.phase("evaluate"):
                     metrics |= evaluate(iteration + 1)
             if run.world.is_main and config.save_rollouts_every and (last or iteration % config.save_rollouts_every == 0):
                 rollouts.append(*rollout.samples)
-            tokens = rollout.metrics["length"] * config.rollout_batch_size
-            run.log(metrics, {**stopwatch.seconds, "tokens_per_s": tokens / sum(stopwatch.seconds.values())})
+            run.log(
+                metrics, {**stopwatch.seconds, **_speeds(stopwatch, rollout, trainables, config, progress, run.machine.dtype)}
+            )
             bar.advance(**{name: metrics[name] for name in ("score", "kl", "length", "finished")})
             _stop_if_broken(metrics, run)
             rollout, progress = None, UpdateProgress()
-            if last or (iteration + 1) % run.checkpoint_every == 0:
+            if run.due(iteration + 1) or last:
                 state.save(iteration + 1, None, progress)
     if weights_hash(actors.ref_policy) != reference_hash:
         raise AssertionError("the reference policy's weights changed during PPO: KL was measured against a moving target")
@@ -113,10 +118,11 @@ def kl_controller(config: KLConfig) -> FixedKL:
     return AdaptiveKL(config.coef, config.target, config.horizon) if config.controller == "adaptive" else FixedKL(config.coef)
 
 
-def check_first_rollout(rollout: Rollout, dtype: torch.dtype, *, second_round: bool) -> None:
+def check_first_rollout(rollout: Rollout, dtype: torch.dtype, largest_logit: float, *, second_round: bool) -> None:
     """What must hold before the first update, whatever the model: else every later number would be wrong.
 
-    The policy is the reference, so the KL is 0; the generator's log-probabilities are those of the training forward.
+    The policy is the reference, so the KL is 0; the generator's log-probabilities are those of the training forward, up to the
+    rounding of logits of this size (GPT-2's are around -100; docs/decisions.md has the gaps that were measured).
     """
     experience = rollout.experience
     difference = (experience.logprobs - experience.ref_logprobs).abs().max().item()
@@ -125,11 +131,39 @@ def check_first_rollout(rollout: Rollout, dtype: torch.dtype, *, second_round: b
             f"before the first update the policy and the reference differ by up to {difference:.2g} nats a token, but they should be the "
             "same model: load both from one checkpoint, with dropout 0; for a second round set ppo.policy"
         )
-    gap, limit = rollout.metrics["sampler_logprob_gap"], 0.5 if dtype is torch.bfloat16 else 1e-4
+    gap, rounding = rollout.metrics["sampler_logprob_gap"], 32 * torch.finfo(dtype).eps * largest_logit
+    limit = {torch.float64: max(1e-10, rounding), torch.float32: max(1e-5, rounding)}.get(dtype, 0.5)
     if not gap <= limit:  # NaN is no agreement either
         raise TercetError(
-            f"the generator's log-probabilities differ from the training forward's by up to {gap:.2g} nats (at most {limit:g} are "
+            f"the generator's log-probabilities differ from the training forward's by up to {gap:.2g} nats (at most {limit:.2g} are "
             "explained by rounding): the model samples from another distribution than the one that is trained"
+        )
+
+
+@torch.no_grad()
+def _largest_logit(policy: Policy, prompt: list[int]) -> float:
+    """The largest absolute logit after a prompt's first tokens: what rounding does to log-probabilities is in proportion to it."""
+    with policy.autocast():
+        logits = policy.model(input_ids=torch.tensor([prompt[:16]], device=policy.device), use_cache=False).logits
+    return logits.abs().max().item()
+
+
+def check_rollout(rollout: Rollout, config: PPOConfig, run: StageRun) -> None:
+    """TercetError before the update if there is nothing sensible to learn from: nothing but empty responses, or a KL that exploded."""
+    place = f"iteration {rollout.samples[0]['iteration']}"
+    kept = f"The checkpoints in {run.folder} are kept"
+    if not any(sample["response"].strip() for sample in rollout.samples):
+        raise TercetError(
+            f"{place}: all {len(rollout.samples)} responses are empty: the policy ends every one at once, with a score of "
+            f"{rollout.metrics['score']:.3g}. {kept}. Look at what the reward gives to an empty text, raise ppo.kl.coef or lower "
+            "ppo.learning_rate, and run with --from ppo; in the first iteration, look at data.prompts and model.template"
+        )
+    kl, length = rollout.metrics["kl"], rollout.metrics["length"]
+    if config.kl.limit is not None and kl > config.kl.limit * length:
+        raise TercetError(
+            f"{place}: the KL from the reference is {kl:.3g} nats a response, {kl / length:.3g} a token, above ppo.kl.limit "
+            f"({config.kl.limit:g}): the policy has left the reference, where scores mean nothing. {kept}. Raise ppo.kl.coef or lower "
+            "ppo.learning_rate and run with --from ppo; or raise ppo.kl.limit to go on"
         )
 
 
@@ -168,6 +202,23 @@ def _rates(config: PPOConfig, iteration: int) -> tuple[float | None, float]:
     return (policy if iteration >= config.value_warmup_iterations else None), value
 
 
+def _speeds(
+    stopwatch: Stopwatch,
+    rollout: Rollout,
+    trainables: Trainables,
+    config: PPOConfig,
+    progress: UpdateProgress,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Tokens a second of the whole iteration, and how much of the machine's arithmetic the update got out of it."""
+    achieved = update_flops(rollout.experience, trainables, config, progress) / stopwatch.seconds["update_s"]
+    return {
+        "tokens_per_s": rollout.metrics["length"] * config.rollout_batch_size / sum(stopwatch.seconds.values()),
+        "update_gflops": achieved / 1e9,
+        "update_utilisation": achieved / measured_rate(dtype),
+    }
+
+
 def _stop_if_broken(metrics: dict[str, Any], run: StageRun) -> None:
     if metrics["skipped"] and not metrics["optimizer_steps"]:
         raise TercetError(
@@ -190,8 +241,7 @@ class _State:
     ):
         self._run = run
         self._first_policy_iteration = config.value_warmup_iterations
-        self._modules: dict[str, nn.Module] = {"policy": actors.policy, "value_model": actors.value_model}
-        self._optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+        self._optimizers = {"policy": policy_optimizer, "value_model": value_optimizer}
         self._controller = controller
 
     def restore(self) -> tuple[int, Rollout | None, UpdateProgress]:
@@ -199,13 +249,12 @@ class _State:
         checkpoint = self._run.resume()
         if checkpoint is None:
             return 0, None, UpdateProgress()
-        for name, module in self._modules.items():
-            module.load_state_dict(checkpoint.tensors[name])
         for name, optimizer in self._optimizers.items():
-            optimizer.load_state(checkpoint.tensors[name])
+            optimizer.load_weights(checkpoint.tensors[name])
+            optimizer.load_state(checkpoint.tensors[f"{name}_optimizer"])
         self._controller.load_state_dict(checkpoint.values["kl_controller"])
         progress = UpdateProgress(**checkpoint.values["progress"])
-        return checkpoint.step, _rollout_of(checkpoint, self._run.machine.device), progress
+        return checkpoint.step, _rollout_of(checkpoint, self._run.machine.device, self._run.world), progress
 
     def boundary(self, iteration: int, rollout: Rollout, progress: UpdateProgress) -> None:
         """After the rollout. Nothing of it needs saving: its samples are a function of the weights, the seed and the iteration."""
@@ -215,21 +264,40 @@ class _State:
             raise Interrupted
 
     def after_step(self, iteration: int, rollout: Rollout, progress: UpdateProgress) -> None:
-        """After an optimizer step. Several ranks stop between iterations only: each holds rows of its own."""
+        """After an optimizer step: stop if asked to, and do not lose a long iteration's work to the clock."""
         if iteration == self._first_policy_iteration:
             check_first_minibatch(progress, self._run.machine.dtype)
-        if self._run.interrupt.requested and self._run.world.size == 1:
+        stopping = self._run.world.any(self._run.interrupt.requested)
+        if stopping or self._run.world.any(self._run.overdue):
             self.save(iteration, rollout, progress)
+        if stopping:
             raise Interrupted
 
     def save(self, iteration: int, rollout: Rollout | None, progress: UpdateProgress) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {name: dict(module.state_dict()) for name, module in self._modules.items()}
-        tensors |= {name: optimizer.state() for name, optimizer in self._optimizers.items()}
+        """Everything, with the rollout where its iteration is not over: of all ranks together, so that any number can go on."""
+        tensors: dict[str, dict[str, Tensor]] = {name: own.weights() for name, own in self._optimizers.items()}
+        tensors |= {f"{name}_optimizer": own.state() for name, own in self._optimizers.items()}
         values: dict[str, Any] = {"kl_controller": self._controller.state_dict(), "progress": asdict(progress)}
         if rollout is not None:
-            tensors["experience"] = _tensors_of(rollout.experience)
+            tensors["experience"] = _together(self._run.world.gather(_tensors_of(rollout.experience)))
             values |= {"metrics": rollout.metrics, "samples": rollout.samples, "policy_version": iteration}
         self._run.save(iteration, values, tensors)
+
+
+def _together(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of all ranks in the order of the whole batch (row i is rank i mod size's), padded with zeros to one width."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = {}
+    for name in parts[0]:
+        tensors = [part[name].cpu() for part in parts]
+        widths = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
+        rows = tensors[0].new_zeros(sum(len(tensor) for tensor in tensors), *widths)
+        for rank, tensor in enumerate(tensors):
+            own = rows[rank :: len(parts)]
+            own[(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        whole[name] = rows
+    return whole
 
 
 def _tensors_of(experience: Experience) -> dict[str, Tensor]:
@@ -238,11 +306,15 @@ def _tensors_of(experience: Experience) -> dict[str, Tensor]:
     return own | {f"sequences.{name}": value for name, value in sequences.items() if value is not None}
 
 
-def _rollout_of(checkpoint: Checkpoint, device: torch.device) -> Rollout | None:
+def _rollout_of(checkpoint: Checkpoint, device: torch.device, world: World) -> Rollout | None:
+    """This rank's rows of the rollout that the checkpoint holds, if it holds one."""
     if "experience" not in checkpoint.tensors:
         return None
     tensors = {name: value.to(device) for name, value in checkpoint.tensors["experience"].items()}
     inner = {name.removeprefix("sequences."): value for name, value in tensors.items() if name.startswith("sequences.")}
     sequences = Sequences(**inner, policy_version=checkpoint.values["policy_version"])
     own = {name: value for name, value in tensors.items() if not name.startswith("sequences.")}
-    return Rollout(Experience(sequences=sequences, **own), checkpoint.values["metrics"], checkpoint.values["samples"])
+    experience = Experience(sequences=sequences, **own)
+    if world.size > 1:
+        experience = experience.select(world.own_rows(len(sequences)))
+    return Rollout(experience, checkpoint.values["metrics"], checkpoint.values["samples"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tercet.algo.losses import counted_prompts, normalisation, ranking_loss
 from tercet.algo.schedules import learning_rate
-from tercet.algo.statistics import bootstrap_interval
+from tercet.algo.statistics import cluster_interval
 from tercet.config.training import RewardConfig
 from tercet.data.batches import TokenStore, batch_indices, microbatches, microbatches_grouped, steps_per_epoch
 from tercet.data.template import Template
@@ -95,7 +95,7 @@ def train_reward_model(
     figures |= {f"reward.{name}": value for name, value in evaluate().items()}
     if pairs:
         correct = torch.tensor([pair["correct"] for pair in pairs], dtype=torch.float64)
-        low, high = bootstrap_interval(correct, seed=seed)
+        low, high = accuracy_interval(pairs, seed)
         figures |= {"reward.eval_accuracy": correct.mean().item(), "reward.eval_pairs": len(pairs)}
         figures |= {"reward.eval_accuracy_low": low, "reward.eval_accuracy_high": high}
     return figures, pairs
@@ -172,6 +172,15 @@ def score_pairs(run: StageRun, model: ScoreModel, data: RankedStore) -> list[dic
                         }
                     )
     return pairs
+
+
+def accuracy_interval(pairs: Sequence[Mapping[str, Any]], seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the accuracy; what belongs to one comparison, such as the pairs of a ranking, is drawn together."""
+    groups = torch.tensor([pair["comparison"] for pair in pairs])
+    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
+    counts = sums.index_add(0, groups, torch.ones(len(groups), dtype=torch.float64))
+    sums = sums.index_add(0, groups, torch.tensor([pair["correct"] for pair in pairs], dtype=torch.float64))
+    return cluster_interval(sums[counts > 0], counts[counts > 0], seed)
 
 
 @torch.no_grad()

@@ -96,6 +96,20 @@ def update(
     progress.finished = True
 
 
+def update_flops(experience: Experience, trainables: Trainables, config: PPOConfig, progress: UpdateProgress) -> int:
+    """Floating-point operations that the update needed on this rank's real tokens, pads and recomputation not counted.
+
+    A backward pass costs twice a forward pass, and once where the weights are frozen below adapters.
+    """
+    lens, response_lens = experience.sequences.lengths, experience.sequences.response_lens
+    tokens, responses = int(lens.sum()), int(response_lens.sum())
+    passes = (progress.steps + progress.skipped) * config.minibatch / config.rollout_batch_size
+    roles: list[Policy | ScoreModel] = [trainables.value_model]
+    if trainables.policy_learning_rate is not None:
+        roles.append(trainables.policy)
+    return int(passes * sum((3 if role.merge is None else 2) * role.flops(tokens, responses) for role in roles))
+
+
 def _step(
     experience: Experience,
     trainables: Trainables,
@@ -107,27 +121,26 @@ def _step(
     max_tokens: int,
 ) -> None:
     """One optimizer step of policy and value model on the rows `own` of this rank, of a minibatch with `count` response tokens."""
+    parts = [experience.select(own[part]) for part in microbatches(experience.sequences.lengths[own].tolist(), max_tokens)]
     sums: dict[str, Tensor] = {}
-    lengths = experience.sequences.lengths[own]
-    for part in microbatches(lengths.tolist(), max_tokens):
-        batch = experience.select(own[part])
-        mask = batch.sequences.response_mask
-        stats: dict[str, Tensor] = {}
-        if trainables.policy_learning_rate is not None:
+    norm = 0.0
+    # One model after the other, so that the gradients of one are in memory at a time.
+    if trainables.policy_learning_rate is not None:
+        for batch in parts:
+            mask = batch.sequences.response_mask
             new_logprobs, _ = trainables.policy(batch.sequences, temperature=config.temperature)
             loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, config.clip_range, count)
             loss.backward()
-            stats = {**stats, "policy_loss": loss.detach() * count}
-        new_values = trainables.value_model(batch.sequences, per_token=True)
-        loss, value_stats = value_loss(new_values, batch.values, batch.returns, mask, config.value_clip_range, count)
-        loss.backward()
-        for name, value in {**stats, **value_stats, "value_loss": loss.detach() * count}.items():
-            sums[name] = sums.get(name, 0.0) + value.double().cpu()
-    totals = _sum_over_ranks(sums, world)
-    norm = 0.0
-    if trainables.policy_learning_rate is not None:
+            _add(sums, policy_loss=loss.detach() * count, **stats)
         norm = trainables.policy_optimizer.step(trainables.policy_learning_rate)
+    for batch in parts:
+        mask = batch.sequences.response_mask
+        new_values = trainables.value_model(batch.sequences, per_token=True)
+        loss, stats = value_loss(new_values, batch.values, batch.returns, mask, config.value_clip_range, count)
+        loss.backward()
+        _add(sums, value_loss=loss.detach() * count, **stats)
     value_norm = trainables.value_optimizer.step(trainables.value_learning_rate)
+    totals = _sum_over_ranks(sums, world)
     if not (math.isfinite(norm) and math.isfinite(value_norm)):
         progress.skipped += 1  # neither its gradient nor its figures are worth anything
         return
@@ -137,6 +150,11 @@ def _step(
     progress.epoch_approx_kl += totals.get("approx_kl", 0.0)
     for name, total in {**totals, "grad_norm": norm, "value_grad_norm": value_norm}.items():
         progress.sums[name] = progress.sums.get(name, 0.0) + total
+
+
+def _add(sums: dict[str, Tensor], **parts: Tensor) -> None:
+    for name, value in parts.items():
+        sums[name] = sums.get(name, 0.0) + value.double().cpu()
 
 
 def _sum_over_ranks(sums: dict[str, Tensor], world: World) -> dict[str, float]:

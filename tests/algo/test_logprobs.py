@@ -6,13 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class Head(nn.Module):
+    """An output layer that is not torch's own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows @ self.weight.T
 
 
 # response_states, last_states
@@ -49,7 +60,7 @@ def test_model_that_copies_the_next_token_has_logprob_0() -> None:
     hidden = 1e3 * torch.nn.functional.one_hot(following, vocabulary).double()
     states = response_states(hidden, prompt_lens, 3)
     targets = torch.stack([ids[i, n : n + 3] for i, n in enumerate(prompt_lens.tolist())])
-    logprobs, _ = token_logprobs(states.flatten(0, 1), targets.flatten(), lambda rows: rows)
+    logprobs, _ = token_logprobs(states.flatten(0, 1), targets.flatten(), nn.Identity())
     assert logprobs.tolist() == [0.0] * 6
 
 
@@ -113,13 +124,13 @@ def test_temperature_must_be_positive(temperature: float) -> None:
 @pytest.mark.parametrize("chunk_elements", [1, 11, 33, 34, 10_000])
 def test_chunks_change_nothing(chunk_elements: int) -> None:
     """Values and gradients of states and head are those of one pass, whatever the chunk."""
-    weight, targets = normal(11, 3, seed=1).requires_grad_(), torch.arange(8)
-    states = normal(8, 3).requires_grad_()
+    head, targets = Head(normal(11, 3, seed=1)), torch.arange(8)
+    weight, states = head.weight, normal(8, 3).requires_grad_()
     coefficients = normal(8, seed=2)
     whole, entropy = logits_logprobs(states @ weight.T, targets, 0.7, with_entropy=True)
     expected = torch.autograd.grad((whole * coefficients).sum(), [states, weight])
     logprobs, chunked_entropy = token_logprobs(
-        states, targets, lambda rows: rows @ weight.T, temperature=0.7, with_entropy=True, chunk_elements=chunk_elements
+        states, targets, head, temperature=0.7, with_entropy=True, chunk_elements=chunk_elements
     )
     assert entropy is not None and chunked_entropy is not None
     assert torch.allclose(logprobs, whole, rtol=1e-12) and torch.allclose(chunked_entropy, entropy, rtol=1e-12)
@@ -130,20 +141,21 @@ def test_chunks_change_nothing(chunk_elements: int) -> None:
 
 def test_never_more_logits_than_a_chunk_alive() -> None:
     """No chunk's logits outlive it in the forward pass, nor in the backward pass, and no chunk is too large."""
-    weight, states = normal(10, 4, dtype=torch.float32).requires_grad_(), normal(12, 4, dtype=torch.float32)
+    weight, states = normal(10, 4, dtype=torch.float32), normal(12, 4, dtype=torch.float32)
     alive: list[weakref.ref[Tensor]] = []
     sizes, most_alive = [], 0
 
-    def head(rows: Tensor) -> Tensor:
-        nonlocal most_alive
-        logits = rows @ weight.T
-        gc.collect()
-        alive.append(weakref.ref(logits.untyped_storage()))
-        sizes.append(logits.numel())
-        most_alive = max(most_alive, sum(reference() is not None for reference in alive))
-        return logits
+    class Watched(Head):
+        def forward(self, rows: Tensor) -> Tensor:
+            nonlocal most_alive
+            logits = super().forward(rows)
+            gc.collect()
+            alive.append(weakref.ref(logits.untyped_storage()))
+            sizes.append(logits.numel())
+            most_alive = max(most_alive, sum(reference() is not None for reference in alive))
+            return logits
 
-    logprobs, _ = token_logprobs(states, torch.zeros(12, dtype=torch.long), head, with_entropy=True, chunk_elements=30)
+    logprobs, _ = token_logprobs(states, torch.zeros(12, dtype=torch.long), Watched(weight), with_entropy=True, chunk_elements=30)
     calls_forward = len(sizes)
     logprobs.sum().backward()
     assert max(sizes) <= 30
@@ -152,22 +164,30 @@ def test_never_more_logits_than_a_chunk_alive() -> None:
     assert most_alive <= 2
 
 
+def test_a_frozen_part_of_the_head_gets_no_gradient() -> None:
+    head = nn.Linear(3, 7).double()
+    head.bias.requires_grad_(False)
+    states = normal(4, 3).requires_grad_()
+    logprobs, _ = token_logprobs(states, torch.arange(4), head, chunk_elements=14)
+    logprobs.sum().backward()
+    direct = logits_logprobs(
+        nn.functional.linear(states.detach(), head.weight.detach().requires_grad_(), head.bias), torch.arange(4)
+    )[0]
+    assert torch.allclose(logprobs, direct) and head.bias.grad is None and head.weight.grad is not None
+
+
 def test_no_tokens() -> None:
     states = normal(0, 3).requires_grad_()
     weight = normal(5, 3)
     empty = torch.zeros(0, dtype=torch.long)
-    logprobs, entropy = token_logprobs(states, empty, lambda rows: rows @ weight.T, with_entropy=True)
+    logprobs, entropy = token_logprobs(states, empty, Head(weight), with_entropy=True)
     assert entropy is not None and logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
 
 
 def test_without_gradient_nothing_is_recomputed() -> None:
-    weight, calls = normal(5, 3), []
-
-    def head(rows: Tensor) -> Tensor:
-        calls.append(len(rows))
-        return rows @ weight.T
-
+    head, calls = Head(normal(5, 3)), []
+    head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     with torch.no_grad():
         logprobs, entropy = token_logprobs(normal(4, 3), torch.arange(4), head, chunk_elements=10)
     assert entropy is None and not logprobs.requires_grad and calls == [1, 2, 2]

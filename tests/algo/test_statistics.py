@@ -6,7 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tercet.algo.statistics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, pair_accuracy, win_rate
+from tercet.algo.statistics import (
+    best_of_n,
+    best_of_n_kl,
+    bootstrap_interval,
+    cluster_interval,
+    distinct_n,
+    length_controlled_win_rate,
+    pair_accuracy,
+    resamples,
+    tilted,
+    turning_point,
+    win_rate,
+)
 
 
 @settings(deadline=None, max_examples=50)
@@ -83,3 +95,124 @@ def test_bootstrap_is_seeded_and_draws_rows() -> None:
 def test_bootstrap_refuses_no_rows() -> None:
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap_interval(torch.zeros(0), seed=0)
+
+
+def test_resamples_draw_each_row_equally_often() -> None:
+    parts = list(resamples(5, seed=3, samples=450, chunk=200))
+    assert [part.shape for part in parts] == [(200, 5), (200, 5), (50, 5)]
+    counts = torch.cat(parts)
+    assert bool((counts.sum(1) == 5).all()) and bool(((counts.mean(0) - 1).abs() < 0.15).all())
+    assert float(counts.var(0).mean()) == pytest.approx(0.8, abs=0.1)  # binomial: 5 * 1/5 * 4/5
+
+
+def test_cluster_interval_of_single_rows_is_the_bootstrap_of_the_mean() -> None:
+    values = (torch.rand(300, generator=torch.Generator().manual_seed(0)) < 0.7).double()
+    low, high = cluster_interval(values, torch.ones(300), seed=0)
+    assert (low, high) == pytest.approx(bootstrap_interval(values, seed=1), abs=0.01)
+
+
+def test_cluster_interval_draws_what_hangs_together() -> None:
+    """30 rankings, each wholly right or wholly wrong: the interval is that of 30 coins, not of 300."""
+    right = (torch.arange(30) % 2).double()
+    low, high = cluster_interval(right * 10, torch.full((30,), 10.0), seed=0)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(30), abs=0.05)
+    sizes = torch.tensor([1.0, 40.0, 3.0, 7.0])
+    assert cluster_interval(sizes / 2, sizes, seed=0) == (0.5, 0.5), "half of the pairs of each, however many it has"
+    with pytest.raises(ValueError, match="at least one value"):
+        cluster_interval(torch.zeros(0), torch.zeros(0), seed=0)
+
+
+def _by_slow_ascent(outcomes: list[float], differences: list[float]) -> float:
+    """The same regression by many small steps uphill, one comparison at a time."""
+    mean = sum(differences) / len(differences)
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / len(differences))
+    lengths = [math.tanh(d / spread) for d in differences]
+    intercept = slope = 0.0
+    for _ in range(4_000):
+        up, along = 0.5 - 1 / (1 + math.exp(-intercept)), -slope / 100
+        for outcome, length in zip(outcomes, lengths, strict=True):
+            error = outcome - 1 / (1 + math.exp(-intercept - slope * length))
+            up, along = up + error, along + error * length
+        intercept, slope = intercept + 0.4 * up, slope + 0.4 * along
+    return 1 / (1 + math.exp(-intercept))
+
+
+def test_length_controlled_win_rate_by_slow_ascent() -> None:
+    outcomes, differences = [1.0, 1.0, 0.5, 0.0, 1.0, 0.0, 1.0, 0.0], [9.0, 4.0, 0.0, -3.0, 2.0, 1.0, 6.0, -8.0]
+    rate, low, high = length_controlled_win_rate(torch.tensor(outcomes), torch.tensor(differences), seed=0)
+    assert rate == pytest.approx(_by_slow_ascent(outcomes, differences), abs=1e-6)
+    assert low < rate < high
+
+
+def test_wins_that_come_with_length_do_not_count() -> None:
+    """Each longer response wins: the raw rate is that of being longer, the controlled one is even."""
+    differences = torch.tensor([5.0] * 80 + [-5.0] * 20)
+    longer_wins = (differences > 0).double()
+    rate, low, high = length_controlled_win_rate(longer_wins, differences, seed=0)
+    assert float(longer_wins.mean()) == 0.8 and low < 0.6 and 0.4 < rate < 0.62
+    # Wins that have nothing to do with length keep their rate.
+    outcomes = torch.tensor([1.0, 1.0, 1.0, 0.0] * 50)
+    lengths = torch.tensor([3.0, -3.0, 3.0, 3.0, -3.0, 3.0, -3.0, -3.0] * 25)
+    assert length_controlled_win_rate(outcomes, lengths, seed=0)[0] == pytest.approx(0.75, abs=0.02)
+
+
+def test_length_controlled_win_rate_at_its_ends() -> None:
+    rate, low, high = length_controlled_win_rate(torch.ones(200), torch.arange(200.0) - 100, seed=0)
+    assert 0.97 < low <= rate <= high < 1  # every comparison won: finite all the same
+    same = length_controlled_win_rate(torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3), seed=0)[0]
+    assert same == pytest.approx(2.5 / 4, abs=1e-9)  # equal lengths: two wins, one loss and the tie that is added
+    with pytest.raises(ValueError, match="at least one comparison"):
+        length_controlled_win_rate(torch.zeros(0), torch.zeros(0), seed=0)
+
+
+def test_tilted_reference_by_enumeration() -> None:
+    """Three texts with chances 1/2, 1/4, 1/4 as four samples: the optimum's value and KL computed from the chances."""
+    scores, values = torch.tensor([[0.0, 0.0, 1.0, 2.0]]), torch.tensor([[5.0, 5.0, 1.0, -3.0]])
+    beta, chances, of_text = 0.5, [0.5, 0.25, 0.25], [0.0, 1.0, 2.0]
+    raised = [chance * math.exp(score / beta) for chance, score in zip(chances, of_text, strict=True)]
+    optimum = [weight / sum(raised) for weight in raised]
+    value, divergence, effective = tilted(scores, values, beta)
+    assert float(value) == pytest.approx(sum(p * v for p, v in zip(optimum, [5.0, 1.0, -3.0], strict=True)))
+    assert float(divergence) == pytest.approx(sum(p * math.log(p / q) for p, q in zip(optimum, chances, strict=True)))
+    weights = [optimum[0] / 2, optimum[0] / 2, optimum[1], optimum[2]]
+    assert effective == pytest.approx(1 / sum(w * w for w in weights))
+
+
+def test_tilting_hardly_leaves_every_sample_its_weight() -> None:
+    scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    value, divergence, effective = tilted(scores, scores, 1e6)
+    assert value.tolist() == pytest.approx(scores.double().mean(1).tolist(), abs=1e-5)
+    assert float(divergence.abs().max()) < 1e-9 and effective == pytest.approx(50, rel=1e-6)
+
+
+def path(means: list[float], count: int = 200, noise: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """(E, N): evaluations with these means, each prompt with an offset of its own and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    offset = torch.randn(count, generator=generator, dtype=torch.float64)
+    return (
+        torch.tensor(means)[:, None] + offset + noise * torch.randn(len(means), count, generator=generator, dtype=torch.float64)
+    )
+
+
+def test_a_judge_that_turns_down_while_the_score_rises() -> None:
+    turn = turning_point(path([0, 1, 2, 2.5, 2, 1, 0.0]), path([0, 1, 2, 3, 4, 5, 6], seed=1), seed=0)
+    assert turn is not None and turn.peak == 3 and 2 <= turn.low <= 3 <= turn.high <= 4
+    assert turn.fall == pytest.approx(2.5, abs=0.3) and turn.fall_low < turn.fall < turn.fall_high
+    assert turn.rise == pytest.approx(3, abs=0.3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_highest_of_many_noisy_points_is_no_turn(seed: int) -> None:
+    """A judge that stays where it is: the largest of 20 means lies well above the last by chance, and this must not count."""
+    flat = path([1.0] * 20, count=60, seed=seed)
+    assert flat.mean(1).max() > flat.mean(1)[-1]
+    assert turning_point(flat, path([float(i) for i in range(20)], count=60, seed=9), seed=0) is None
+
+
+def test_no_turn_where_the_score_falls_too_or_there_is_too_little_to_see() -> None:
+    falling, rising = path([0, 2, 0.0]), path([0, 1, 2.0], seed=1)
+    assert turning_point(falling, rising, seed=0) is not None
+    assert turning_point(falling, path([0, 2, 1.0], seed=1), seed=0) is None
+    assert turning_point(falling, path([0, 2, 2.05], seed=1), seed=0) is None, "a rise that may be chance"
+    assert turning_point(rising, rising, seed=0) is None
+    assert turning_point(falling[:2], rising[:2], seed=0) is None and turning_point(falling[:, :3], rising[:, :3], seed=0) is None

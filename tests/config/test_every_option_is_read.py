@@ -21,6 +21,7 @@ CALLED = {
     "Config": {"config", "loaded"},
     "ModelConfig": {"model"},
     "ScratchConfig": {"scratch"},
+    "AdapterConfig": {"adapter"},
     "DataConfig": {"data"},
     "PretrainConfig": {"config", "pretrain"},
     "SFTConfig": {"config", "sft"},

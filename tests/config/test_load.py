@@ -87,12 +87,15 @@ def test_the_commented_file_explains_every_field() -> None:
         assert name in mentioned
 
 
-def test_the_scratch_part_of_the_commented_file_loads_when_uncommented(tmp_path: Path) -> None:
-    text = commented_yaml().replace("  name: gpt2  #", "  name: null  #").replace("  # scratch:", "  scratch:")
+def test_the_optional_parts_of_the_commented_file_load_when_uncommented(tmp_path: Path) -> None:
+    text = commented_yaml().replace("  name: gpt2  #", "  name: null  #")
+    text = text.replace("  # scratch:", "  scratch:").replace("  # adapter:", "  adapter:")
     text = "\n".join(line.replace("  #   ", "    ", 1) if line.startswith("  #   ") else line for line in text.splitlines())
     file = tmp_path / "a.yaml"
     file.write_text(text, encoding="utf-8")
-    scratch = load_config(file).model.scratch
+    model = load_config(file).model
+    scratch = model.scratch
+    assert model.adapter is not None and model.adapter.rank == 16
     assert scratch is not None and scratch.architecture == "gpt2" and scratch.vocab_size == 1024
 
 

@@ -85,8 +85,20 @@ class Oracle:
         return float((logprobs.exp() * (logprobs - self.ref)).sum(1).mean())
 
 
-def world(seed: int, **options: float) -> tuple[Oracle, Actors]:
-    actors = tiny.actors_of(seed=seed, steps=STEPS, **options)
+def world(seed: int) -> tuple[Oracle, Actors]:
+    """A reference that is nearly flat, in which the states of different prefixes differ.
+
+    A first token is judged by what follows it, so a garden path can lead up to the best response. Where prefixes look alike, what
+    PPO learns after one prompt drags the others onto such a path, even with exact gradients; so attention is made strong here.
+    """
+    actors = tiny.actors_of(seed=seed, steps=STEPS)
+    for policy in (actors.policy, actors.ref_policy):
+        body = policy.model.transformer
+        with torch.no_grad():
+            for block in body.h:
+                block.attn.c_attn.weight[:, 2 * block.attn.embed_dim :].mul_(3)  # the attention's values
+                block.attn.c_proj.weight.mul_(3)
+            body.ln_f.weight.mul_(0.4)
     oracle = Oracle(actors.ref_policy.model, seed)
     actors.scorer = tiny.FunctionScorer(oracle, name="oracle")
     return oracle, actors
@@ -146,33 +158,34 @@ def test_a_first_gradient_is_the_exact_gradient_of_the_objective(kl_coef: float,
 
 
 @pytest.mark.slow
-def test_a_gradient_of_sampled_rollouts_points_the_same_way() -> None:
-    """The same through sampling, `collect` and `update`, with the policy away from the reference."""
+@pytest.mark.timeout(900)
+def test_a_gradient_of_sampled_rollouts_points_the_same_way(tmp_path: Path) -> None:
+    """The same through sampling, `collect` and `update`, with the policy away from the reference and a learned baseline."""
     oracle, actors = world(0)
     shift(actors.policy, 0.1)
+    learn_values(actors, tmp_path, iterations=30)
     config = tiny.ppo_config(
         rollout_batch_size=20_000, ppo_epochs=1, whiten_advantages=False, gae_lambda=1.0, max_new_tokens=STEPS
     )
-    actors.value_model.head.weight.data.zero_()  # no baseline: the advantage is the return
-    rollout = tiny.rollout_of(actors, config, kl_coef=0.2, tokens=100_000)
-    recorder = tiny.Recorder(actors.policy)
-    tiny.update_of(
-        rollout.experience,
-        actors,
-        config,
-        policy_optimizer=recorder,
-        value_optimizer=tiny.Recorder(actors.value_model),
-        tokens=100_000,
-    )
-    found, wanted = -flat(recorder.gradients[0]), exact_gradient(oracle, actors.policy.model, 0.2)
-    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.995
-    # The loss divides by tokens, the objective by responses.
-    assert found.norm() * rollout.metrics["length"] == pytest.approx(wanted.norm().item(), rel=0.05)
+    total = torch.zeros(1, dtype=torch.float64)
+    rollouts = 10
+    for iteration in range(rollouts):
+        rollout = tiny.rollout_of(actors, config, iteration=iteration, kl_coef=0.2, tokens=100_000)
+        recorder = tiny.Recorder(actors.policy)
+        optimizers = {"policy_optimizer": recorder, "value_optimizer": tiny.Recorder(actors.value_model)}
+        tiny.update_of(rollout.experience, actors, config, **optimizers, tokens=100_000)
+        # The loss divides by tokens, the objective by responses.
+        total = total - flat(recorder.gradients[0]) * rollout.metrics["length"]
+    found, wanted = total / rollouts, exact_gradient(oracle, actors.policy.model, 0.2)
+    cosine = float(torch.nn.functional.cosine_similarity(found, wanted, dim=0))
+    print(f"cosine {cosine:.5f}, norms {found.norm():.5f} and {wanted.norm():.5f}")
+    assert cosine > 0.999
+    assert found.norm() == pytest.approx(wanted.norm().item(), rel=0.03)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_b_objective_never_exceeds_the_optimum_and_the_identity_holds(seed: int) -> None:
-    oracle, actors = world(seed, scale=0.08)
+    oracle, actors = world(seed)
     model = actors.policy.model
     for kl_coef, size in itertools.product((0.05, 0.2, 1.0), (0.0, 0.03, 0.3)):
         shift(model, size, seed=seed)
@@ -219,27 +232,44 @@ def train(
     return {"closed": closed, "exact_kl": oracle.kl(model), "seconds": seconds, **metrics}
 
 
-SETTINGS = {"rollout_batch_size": 384, "ppo_epochs": 1, "learning_rate": 1e-3, "value_clip_range": None}
+# Small steps in many directions at once. A step limit of 2 %, reached within eight epochs, lets tokens late in a response learn as
+# fast as the first one, which would else be decided before it is known what can follow it.
+SETTINGS = {
+    "rollout_batch_size": 512,
+    "ppo_epochs": 8,
+    "learning_rate": 2e-3,
+    "value_learning_rate": 3e-3,
+    "clip_range": 0.02,
+    "gae_lambda": 1.0,
+    "whiten_advantages": False,
+    "value_clip_range": None,
+}
 
 
 def test_c_ppo_nears_the_optimum(tmp_path: Path) -> None:
     """The quick cell of the table below: most of the way in a few iterations."""
-    oracle, actors = world(0, scale=0.08)
+    oracle, actors = world(0)
     options = {"rollout_batch_size": 128, "ppo_epochs": 2, "learning_rate": 3e-3, "value_clip_range": None}
     assert train(oracle, actors, tmp_path, 1.0, 40, 0, **options)["closed"] > 0.7
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("kl_coef", "wanted"), [(1.0, 0.97), (0.2, 0.97), (0.05, 0.95)])
+CELLS = [
+    pytest.param(kl_coef, wanted, seed, marks=pytest.mark.slow if seed == 0 else pytest.mark.full)
+    for kl_coef, wanted in ((1.0, 0.97), (0.2, 0.97), (0.05, 0.95))
+    for seed in range(3)
+]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("kl_coef", "wanted", "seed"), CELLS)
 def test_c_ppo_closes_the_gap_to_the_optimum(tmp_path: Path, kl_coef: float, wanted: float, seed: int) -> None:
     """Of J* - J(pi_ref), the share that PPO closes from pi_ref."""
-    oracle, actors = world(seed, scale=0.08)
-    assert train(oracle, actors, tmp_path, kl_coef, 400, seed, **SETTINGS)["closed"] >= wanted
+    oracle, actors = world(seed)
+    assert train(oracle, actors, tmp_path, kl_coef, 160, seed, **SETTINGS)["closed"] >= wanted
 
 
 def test_d_a_huge_coefficient_keeps_the_policy_at_the_reference(tmp_path: Path) -> None:
-    oracle, actors = world(0, scale=0.08)
+    oracle, actors = world(0)
     found = train(oracle, actors, tmp_path, 1000.0, 40, 0, **SETTINGS | {"rollout_batch_size": 128})
     assert 0 < found["exact_kl"] < 0.01
 
@@ -260,13 +290,10 @@ def exact_values(oracle: Oracle, model: nn.Module, kl_coef: float) -> dict[tuple
     return {key: sum(parts) for key, parts in values.items()}
 
 
-@pytest.mark.slow
-def test_e_the_value_model_of_a_frozen_policy_converges_to_the_exact_expected_return(tmp_path: Path) -> None:
-    """The policy is away from the reference, so that the KL penalty is part of the return."""
-    oracle, actors = world(0, scale=0.08)
-    shift(actors.policy, 0.05)
+def learn_values(actors: Actors, folder: Path, iterations: int) -> None:
+    """Train the value model alone, on the returns of the frozen policy with kl_coef 0.2."""
     config = tiny.ppo_config(
-        iterations=150,
+        iterations=iterations,
         rollout_batch_size=512,
         max_new_tokens=STEPS,
         kl={"coef": 0.2},
@@ -275,28 +302,31 @@ def test_e_the_value_model_of_a_frozen_policy_converges_to_the_exact_expected_re
         value_learning_rate=4e-3,
         ppo_epochs=4,
         save_rollouts_every=0,
-    ).model_copy(update={"value_warmup_iterations": 150})
+    ).model_copy(update={"value_warmup_iterations": iterations})
     before = tiny.weights(actors.policy)
-    train_ppo(tiny.run_of(tmp_path), config, actors, tiny.prompts_of(), seed=0, evaluate=lambda i: {}, second_round=True)
+    train_ppo(tiny.run_of(folder), config, actors, tiny.prompts_of(), seed=0, evaluate=lambda i: {}, second_round=True)
     assert tiny.largest_gap(before, tiny.weights(actors.policy)) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_e_the_value_model_of_a_frozen_policy_converges_to_the_exact_expected_return(tmp_path: Path) -> None:
+    """The policy is away from the reference, so that the KL penalty is part of the return. Every prefix counts the same."""
+    oracle, actors = world(0)
+    shift(actors.policy, 0.05)
+    learn_values(actors, tmp_path, iterations=150)
     wanted = exact_values(oracle, actors.policy.model, 0.2)
     with torch.no_grad():
         found = actors.value_model(tiny.sequences_of(PAIRS), per_token=True)
     errors = {
-        (i // len(RESPONSES), response[:t]): (float(found[i, t]) - wanted[i // len(RESPONSES), response[:t]]) ** 2
+        (i // len(RESPONSES), response[:t]): float(found[i, t]) - wanted[i // len(RESPONSES), response[:t]]
         for i, (_, response) in enumerate(PAIRS)
         for t in range(len(response))
     }
     assert torch.tensor(list(wanted.values())).std() > 0.3 and len(errors) == len(wanted) == 3 * (1 + 3 + 9)
-    # Weighted as the policy visits them: a prefix that comes once in a hundred responses is learned last.
-    probabilities = oracle.logprobs(actors.policy.model).detach().exp() / len(tiny.PROMPTS)
-    visits = dict.fromkeys(errors, 0.0)
-    for i, (_, response) in enumerate(PAIRS):
-        prompt, place = divmod(i, len(RESPONSES))
-        for t in range(len(response)):
-            visits[prompt, response[:t]] += float(probabilities[prompt, place])
-    mean_square = sum(errors[key] * visits[key] for key in errors) / sum(visits.values())
-    assert mean_square**0.5 < 0.05
+    root_mean_square = torch.tensor(list(errors.values())).square().mean().sqrt().item()
+    print(f"root mean square error {root_mean_square:.4f}, largest {max(map(abs, errors.values())):.4f}")
+    assert root_mean_square < 0.05
 
 
 def test_f_the_ranking_loss_recovers_planted_rewards() -> None:

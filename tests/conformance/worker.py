@@ -1,9 +1,10 @@
-"""One stage as one rank of several: `worker.py STAGE FOLDER TOKENS`; test_invariance.py starts it with torchrun and without."""
+"""One stage as one rank of several: `worker.py STAGE FOLDER TOKENS DTYPE`; test_invariance.py starts it with torchrun and without."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -27,19 +28,24 @@ COMPARISONS = [
     Comparison(WORDS[i], tuple(" ".join(WORDS[i : i + k]) for k in range(1, 3 + i % 3)), tuple(range(2 + i % 3)))
     for i in range(7)
 ]
+ROWS = len(DEMONSTRATIONS)
 
 
-def sft(run: StageRun, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def sft(run: StageRun, dtype: torch.dtype, rows: int = 5, turned: bool = False) -> dict[str, torch.Tensor]:
+    """`rows` a step; `turned`: the records in the reverse order."""
     policy = tiny.policy_of(3, dtype, vocabulary=300, positions=64)
-    config = SFTConfig(epochs=1, batch_size=5, learning_rate=1e-3, max_length=64)
-    train_sft(run, config, policy, tiny.template_of(), DEMONSTRATIONS, DEMONSTRATIONS[:3], loss_on="response", seed=0)
+    config = SFTConfig(epochs=1, batch_size=rows, learning_rate=1e-3, max_length=64)
+    records = DEMONSTRATIONS[::-1] if turned else DEMONSTRATIONS
+    train_sft(run, config, policy, tiny.template_of(), records, DEMONSTRATIONS[:3], loss_on="response", seed=0)
     return tiny.weights(policy)
 
 
-def reward(run: StageRun, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def reward(run: StageRun, dtype: torch.dtype, rows: int = 5, turned: bool = False) -> dict[str, torch.Tensor]:
+    """`rows` a step; `turned`: the records in the reverse order."""
     model = tiny.value_of(3, dtype, vocabulary=300, positions=64)
-    config = RewardConfig(epochs=1, batch_size=5, learning_rate=1e-3, max_length=64)
-    train_reward_model(run, config, model, tiny.template_of(), COMPARISONS, COMPARISONS[:3], seed=0)
+    config = RewardConfig(epochs=1, batch_size=rows, learning_rate=1e-3, max_length=64)
+    records = COMPARISONS[::-1] if turned else COMPARISONS
+    train_reward_model(run, config, model, tiny.template_of(), records, COMPARISONS[:3], seed=0)
     return tiny.weights(model)
 
 
@@ -62,13 +68,13 @@ def ppo(run: StageRun, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return tiny.weights(actors.policy) | {f"value.{name}": p for name, p in tiny.weights(actors.value_model).items()}
 
 
-def run_stage(stage: str, folder: Path, tokens: int, dtype: torch.dtype = torch.float64) -> None:
+def run_stage(stage: str, folder: Path, tokens: int, dtype: torch.dtype = torch.float64, **options: Any) -> None:
     world = World.start("cpu")
     run = tiny.run_of(folder, stage, world=world, dtype=dtype, tokens=tokens)
-    found = {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, dtype)
+    found = {"sft": sft, "reward": reward, "ppo": ppo}[stage](run, dtype, **options)
     save_file({name: value.contiguous() for name, value in found.items()}, folder / f"rank{world.rank}.safetensors")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_stage(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    run_stage(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4]))

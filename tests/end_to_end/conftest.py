@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
         "value_learning_rate": 1e-3,
         "save_rollouts_every": 1,
     },
-    "evaluation": {"prompts": 8},
+    "evaluation": {"prompts": 8, "best_of_prompts": 2, "best_of_samples": 8},
     "machine": {"device": "cpu", "dtype": "float32", "threads": 1, "microbatch_tokens": 512},
 }
 

@@ -11,12 +11,15 @@ import torch
 from model_zoo import ARCHITECTURES, bpe_tokenizer, causal_lm, write_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from tercet.generation.native import NativeGenerator
+from tercet.generation.cache import cache_for
+from tercet.generation.native import NativeGenerator, _close_ranks
 from tercet.generation.sampling import uniforms
 from tercet.models.load import load_causal_lm
 from tercet.models.roles import Policy
+from tercet.runtime.distributed import World
+from tercet.runtime.optim import Optimizer
 from tercet.types import Sequences, TercetError
 
 EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -256,21 +259,15 @@ def test_the_version_is_that_of_the_last_sync() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama_untied", "gemma2"])
-def test_the_bfloat16_copy_follows_sync_and_only_sync(architecture: str) -> None:
+def test_a_bfloat16_policy_is_sampled_with_the_weights_of_its_last_step(architecture: str) -> None:
     policy = Policy(causal_lm(architecture), torch.bfloat16)
+    optimizer = Optimizer(policy, weight_decay=0.0, max_grad_norm=1.0, world=World())
     generator = generator_of(policy)
     before = generator.sample(some_prompts(), numbers())
-    with torch.no_grad():
-        for parameter, other in zip(policy.parameters(), causal_lm(architecture, seed=1).parameters()):
-            parameter.copy_(other)
-    stale = generator.sample(some_prompts(), numbers())
-    assert responses_of(stale) == responses_of(before)
-    generator.sync(1)
+    policy(before)[0].sum().backward()
+    optimizer.step(0.3)
     fresh = generator.sample(some_prompts(), numbers())
-    assert responses_of(fresh) != responses_of(before) and fresh.policy_version == 1
-    anew = generator_of(Policy(causal_lm(architecture, seed=1), torch.bfloat16)).sample(some_prompts(), numbers())
-    assert responses_of(fresh) == responses_of(anew)
-    assert all(p.dtype is torch.float32 and p.requires_grad for p in policy.parameters())  # the trained one is left alone
+    assert responses_of(fresh) != responses_of(before)
     with torch.no_grad():
         logprobs, _ = policy(fresh)
     assert (fresh.sampler_logprobs - logprobs).abs().max() < 0.5
@@ -286,6 +283,31 @@ def test_a_float32_policy_is_sampled_as_it_stands() -> None:
     generator.sync(1)
     wanted = generator_of(Policy(causal_lm("gpt2", seed=1))).sample(some_prompts(), numbers())
     assert responses_of(generator.sample(some_prompts(), numbers())) == responses_of(wanted) != responses_of(before)
+
+
+def test_close_ranks_moves_the_last_rows_into_the_places_of_those_that_ended() -> None:
+    ended = torch.tensor([False, True, False, True, False, False])
+    assert _close_ranks(ended).tolist() == [0, 4, 2, 5]
+    assert _close_ranks(torch.tensor([False, False, True])).tolist() == [0, 1]
+    assert _close_ranks(torch.tensor([True, True, False])).tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama_untied", "mistral"])
+def test_the_roomy_cache_is_the_cache_of_transformers(architecture: str, dtype: torch.dtype) -> None:
+    """The same logits to the last bit as with the cache that concatenates, while rows leave the batch."""
+    model = causal_lm(architecture).to(dtype)
+    roomy, plain = cache_for(model, 9), DynamicCache(config=model.config)
+    inputs = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 1, 2]])
+    for kept in (None, torch.tensor([0, 3, 2]), None, torch.tensor([2]), None):
+        with torch.no_grad():
+            found, wanted = (model(input_ids=inputs, past_key_values=cache, use_cache=True).logits for cache in (roomy, plain))
+        assert torch.equal(found, wanted)
+        inputs = found[:, -1:].argmax(-1)
+        if kept is not None:
+            inputs = inputs[kept]
+            for cache in (roomy, plain):
+                cache.batch_select_indices(kept)
 
 
 def test_numbers_that_are_not_finite_are_an_error_not_a_sample() -> None:

@@ -178,7 +178,7 @@ def test_gradients_reach_every_parameter_and_only_from_response_tokens() -> None
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "gemma2"])
 def test_bfloat16_roles_agree_whether_frozen_or_not(architecture: str) -> None:
-    """The policy keeps float32 weights, the reference has linear weights in bfloat16: the KL must be exactly 0 all the same."""
+    """Both compute with weights in bfloat16, the policy keeps float32 originals besides: the KL must be exactly 0."""
     sequences = ragged(SHAPES)
     policy, reference = (Policy(causal_lm(architecture), torch.bfloat16) for _ in range(2))
     reference.freeze()
@@ -189,6 +189,42 @@ def test_bfloat16_roles_agree_whether_frozen_or_not(architecture: str) -> None:
         exact, _ = Policy(causal_lm(architecture))(sequences)
     assert torch.equal(ours, theirs) and ours.dtype == torch.float32
     assert 0 < (ours - exact).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "llama_untied"])
+def test_float32_originals_come_back_to_be_saved(architecture: str) -> None:
+    original = causal_lm(architecture)
+    policy = Policy(causal_lm(architecture), torch.bfloat16)
+    halves = {name: p.clone() for name, p in policy.model.named_parameters()}
+    assert {p.dtype for p in halves.values()} == {torch.float32, torch.bfloat16}
+    assert halves[next(n for n, p in policy.model.named_parameters() if p is policy.head.weight)].dtype is torch.bfloat16
+    with policy.full_precision() as model:
+        assert model.dtype is torch.float32
+        assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(model.parameters(), original.parameters()))
+    assert all(torch.equal(p, halves[name]) and p.dtype is halves[name].dtype for name, p in policy.model.named_parameters())
+    policy.freeze()
+    assert not policy.masters
+
+
+def test_a_tied_embedding_in_bfloat16_leaves_the_residual_stream_in_float32() -> None:
+    policy = Policy(causal_lm("llama_tied"), torch.bfloat16)
+    assert policy.model.get_input_embeddings()(torch.tensor([1])).dtype is torch.float32
+
+
+def test_a_float64_role_is_saved_in_float32() -> None:
+    policy = Policy(causal_lm("gpt2"), DOUBLE)
+    with policy.full_precision() as model:
+        assert model.dtype is torch.float32
+    assert policy.model.dtype is DOUBLE
+
+
+def test_flops_by_hand() -> None:
+    """GPT-2: 12 d^2 weights a layer, the head V d; two operations for each weight and token."""
+    policy, value = Policy(causal_lm("gpt2")), ScoreModel(classifier("gpt2"))
+    config = policy.model.config
+    trunk = 12 * config.n_embd**2 * config.n_layer
+    assert policy.flops(10, 4) == 2 * (trunk * 10 + config.vocab_size * config.n_embd * 4)
+    assert value.flops(10, 4) == 2 * (trunk * 10 + config.n_embd * 4)
 
 
 def test_several_labels_or_an_encoder_cannot_be_a_reward_model() -> None:

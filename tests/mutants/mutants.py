@@ -76,8 +76,8 @@ LOGPROBS: list[Row] = [
     ),
     (
         "every chunk gets the first targets",
-        "targets[start : start + chunk_rows]",
-        "targets[: min(chunk_rows, len(states) - start)]",
+        "        for part, wanted in zip(torch.split(states, rows), torch.split(targets, rows)):",
+        "        for part in torch.split(states, rows):\n            wanted = targets[: len(part)]",
     ),
     ("raw logits in place of log-probabilities", "squeeze(-1) - log_z", "squeeze(-1) - 0 * log_z"),
 ]
@@ -435,7 +435,11 @@ SAMPLING: list[Row] = [
     ("tokens of mass 0 inside a block", "(inner_mass.cumsum(-1) <= (point", "(inner_mass.cumsum(-1) < (point"),
     ("the mass is not normalised", "point = uniform.to(total.device) * total", "point = uniform.to(total.device)"),
     ("the mass before the block is forgotten", "<= (point - before)[:, None]", "<= (point - 0 * before)[:, None]"),
-    ("the mass is summed in float32", "padded.sum(-1, dtype=torch.float64).cumsum(-1)", "padded.float().sum(-1).cumsum(-1)"),
+    (
+        "the blocks are summed in float32",
+        "torch.cat(sums, dim=1).double().cumsum(-1)",
+        "torch.cat(sums, dim=1).float().cumsum(-1).double()",
+    ),
     ("rounding leaves the vocabulary", "torch.minimum(inner, last)", "inner.clamp(max=_BLOCK - 1)"),
     ("log-probabilities without normalisation", "picked.squeeze(1) - total.log().to(picked.dtype)", "picked.squeeze(1)"),
     ("numbers depend on the place in the batch", "np.array([0, 0, int(row), iteration]", "np.array([0, 0, place, iteration]"),
@@ -539,6 +543,9 @@ PPO: list[Row] = [
     ),
     ("the generator keeps its first weights", "actors.generator.sync(version=iteration)", "actors.generator.version = iteration"),
     ("a policy that is not the reference passes", "1e-5) and not second_round:", "1e-5) and second_round:"),
+    ("the size of the logits is forgotten", "32 * torch.finfo(dtype).eps * largest_logit", "0.0"),
+    ("float32 may differ as much as bfloat16", "torch.float32: max(1e-5, rounding)}.get(dtype, 0.5)", "torch.float32: 0.5}.get(dtype, 0.5)"),
+    ("the first minibatch is not looked at", "if (progress.steps, progress.skipped) != (1, 0):", "if progress.steps:"),
 ]
 
 MUTANTS: list[Mutant] = [
@@ -582,7 +589,7 @@ MUTANTS: list[Mutant] = [
         "generation/native.py",
         FORWARD,
         [
-            ("a scaled or capped head is passed over", "if engine.own_logits:", "if False:"),
+            ("a scaled or capped head is passed over", "if policy.own_logits:", "if False:"),
             (
                 "the temperature is left out",
                 "inverse_cdf(logits, uniform, self._temperature)",
@@ -612,7 +619,7 @@ MUTANTS: list[Mutant] = [
         [
             ("the end token is cut off", "token_logprobs.to(wide), step + 1", "token_logprobs.to(wide), step"),
             ("every response counts as finished", "finished[rows[ended]] = True", "finished[:] = True"),
-            ("rows that ended go on", "            going = ~ended", "            going = torch.ones_like(ended)"),
+            ("rows that ended go on", "kept = _close_ranks(ended)", "kept = _close_ranks(torch.zeros_like(ended))"),
         ],
     ),
     *_of(
@@ -630,10 +637,26 @@ MUTANTS: list[Mutant] = [
     ),
     *_of(
         "generation/native.py",
-        f"{NATIVE}the_version_is_that_of_the_last_sync {NATIVE}the_bfloat16_copy_follows_sync_and_only_sync",
+        f"{NATIVE}the_version_is_that_of_the_last_sync",
         [
-            ("the sampler's weights are never renewed", "own.copy_(present)", "pass"),
             ("samples carry no version", "sequences.policy_version = version", "sequences.policy_version = 0"),
+        ],
+    ),
+    *_of(
+        "generation/cache.py",
+        f"{NATIVE}the_roomy_cache_is_the_cache_of_transformers",
+        [
+            ("the new token overwrites the last", "self._length : end] = states", "self._length - 1 : end - 1] = states"),
+            ("rows do not move", "index_copy_(0, moved, storage[indices[moved]])", "index_copy_(0, moved, storage[moved])"),
+        ],
+    ),
+    *_of(
+        "runtime/optim.py",
+        "runtime/test_optim.py",
+        [
+            ("the rounded weights are never renewed", "half.copy_(self._named[name])", "pass"),
+            ("only the last micro-batch counts", "master.grad.add_(half.grad)", "master.grad = half.grad.float()"),
+            ("micro-batches are added in bfloat16", "half.grad = None", "pass"),
         ],
     ),
     *_of("models/roles.py", "models/test_roles.py", ROLES),

@@ -99,10 +99,10 @@ SUMMARY = {
     "versions.tercet": "0.1.0",
     "sft.eval_loss": 1.17,
     "reward.eval_accuracy": 0.861,
+    "reward.comparisons": 9000,
     "reward.eval_pairs": 2400,
     "reward.eval_accuracy_low": 0.847,
     "reward.eval_accuracy_high": 0.874,
-    "reward.ceiling": 0.883,
     "sft.score": 0.02,
     "ppo.score": 1.84,
     "ppo.kl": 8.7,
@@ -151,8 +151,67 @@ POLICIES = {
 WINS = {
     "reward model": {"win_rate": 0.846, "low": 0.812, "high": 0.877, "n": 500},
     "second reward model": {"win_rate": 0.801, "low": 0.765, "high": 0.836, "n": 500},
-    "gold": {"win_rate": 0.788, "low": 0.751, "high": 0.823, "n": 500},
+    "gold": {"win_rate": 0.788, "low": 0.751, "high": 0.823, "n": 500, "lc_win_rate": 0.77, "lc_low": 0.73, "lc_high": 0.81},
 }
+
+
+def card() -> dict[str, Any]:
+    bins = [{"start": 0.5 + i / 10, "end": 0.6 + i / 10, "pairs": 480, "mean": 0.55 + i / 10} for i in range(5)]
+    bins = [one | {"accuracy": one["mean"] - 0.01, "low": one["mean"] - 0.05, "high": one["mean"] + 0.03} for one in bins]
+    part = {"pairs": 1200, "accuracy": 0.85, "low": 0.83, "high": 0.87}
+    histogram = {"counts": [1, 5, 9, 4], "mean": 0.4, "std": 1.0}
+    return {
+        "pairs": 2400,
+        "accuracy": 0.861,
+        "accuracy_low": 0.847,
+        "accuracy_high": 0.874,
+        "chance_low": 0.48,
+        "chance_high": 0.52,
+        "bag_of_words_accuracy": 0.84,
+        "length_accuracy": 0.55,
+        "length_correlation": 0.12,
+        "calibration_error": 0.012,
+        "temperature": 1.04,
+        "longer_better": part,
+        "longer_worse": part,
+        "by_source": [part | {"source": "web"}],
+        "by_confidence": bins,
+        "by_margin": bins,
+        "histograms": {
+            "edges": [-2, -1, 0, 1, 2],
+            "chosen": histogram,
+            "rejected": histogram,
+            "demonstrations": histogram,
+            "sft": histogram,
+        },
+    }
+
+
+def gain(name: str, value: float) -> dict[str, float]:
+    return {name: value, f"{name}_gain": value, f"{name}_gain_low": value - 0.1, f"{name}_gain_high": value + 0.1}
+
+
+def yardstick() -> dict[str, Any]:
+    curve = [
+        {"n": 2**i, "kl": i * 0.69 - 1 + 0.5**i} | gain("score", 0.4 * i) | gain("judge", 0.3 * i) | gain("gold", 0.3 * i)
+        for i in range(7)
+    ]
+    frontier = [
+        {"beta": 1 / i, "kl": i / 10, "effective": 300 - i} | gain("score", i / 5) | gain("gold", i / 6) for i in range(1, 9)
+    ]
+    return {"prompts": 16, "samples": 64, "curve": curve, "frontier": frontier}
+
+
+def way() -> dict[str, Any]:
+    points = [
+        {"iteration": i, "kl": i / 7, "kl_low": i / 8, "kl_high": i / 6}
+        | gain("score", i / 32)
+        | gain("judge", i / 40)
+        | gain("gold", i / 42)
+        for i in range(0, 61, 10)
+    ]
+    return {"prompts": 200, "points": points, "turns": {}}
+
 
 CONFIG = "name: toy\nseed: 0\nppo:\n  kl:\n    coef: 0.05\n"
 
@@ -172,6 +231,17 @@ def make_run(folder: Path, *, steps: int = 120, iterations: int = 60, count: int
     write_lines(folder / "evaluation/samples.jsonl", samples(rng, count))
     write_object(folder / "evaluation/policies.json", POLICIES)
     write_object(folder / "evaluation/wins.json", WINS)
+    write_object(folder / "evaluation/path.json", way())
+    write_object(folder / "evaluation/best_of_n.json", yardstick())
+    write_object(folder / "reward/card.json", card())
+    columns = {name: [rng.gauss(1, 1) for _ in range(20)] for name in ("score", "kl", "judge", "gold")}
+    steps_between = max(1, iterations // 8)
+    write_lines(
+        folder / "ppo/evaluations.jsonl",
+        [{"iteration": i} | columns for i in range(steps_between, iterations + 1, steps_between)],
+    )
+    files = {"data.prompts": {"prompts.jsonl": "ab" * 32}}
+    write_object(folder / "ppo/done.json", {"fingerprint": {"data": files | {"/x/rewards.py": "cd" * 32}}})
     return folder
 
 

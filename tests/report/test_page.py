@@ -1,50 +1,16 @@
+import base64
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import Page, hostile
 
 from tercet.report import write_report
-
-HOSTILE = (
-    '</pre></script><script>document.title="owned"</script>'
-    "<img src=x onerror='document.title=\"owned\"'>{{ 7*7 }}\u202e\ud800\x00雨"
-)
-VOID = {"meta", "img", "br", "hr", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Tags in order, and whether every one that opens is closed in its turn."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self.stack, self.stack
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def count(self, tag: str) -> int:
-        return sum(1 for name, _ in self.tags if name == tag)
 
 
 def written(folder: Path) -> tuple[str, Page]:
@@ -57,7 +23,7 @@ def written(folder: Path) -> tuple[str, Page]:
 def test_a_full_run(new_run) -> None:
     html, page = written(new_run("toy", steps=3000, iterations=2000, count=500))
     assert len(html.encode()) < 3_000_000
-    assert page.count("h1") == 1 and page.count("article") == 60 and page.count("script") == 0
+    assert page.count("h1") == 1 and page.count("article") == 400 and page.count("script") == 1
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
@@ -68,10 +34,40 @@ def test_a_full_run(new_run) -> None:
     assert (
         html.index("Healthy: PPO wins 84.6")
         < html.index("SFT against PPO")
+        < html.index("Was PPO worth it?")
+        < html.index("The reward model</h2>")
         < html.index("Learning curves")
         < html.index("Samples</h2>")
     )
     assert "tercet run toy/config.yaml --set output=toy-again" in html and "coef: 0.05" in html and "versions.torch" in html
+    assert "<td>abababababababab</td>" in html and "/x/rewards.py" in html  # what it was made from
+    assert "PPO gained as much as the best of about" in html and "at equal length <b>77" in html
+    for title in ("Can its confidence be believed?", "Accuracy by margin", "Scores", "Gold score", "Second reward model’s score"):
+        assert f"<b>{title}</b>" in html
+
+
+def test_only_our_own_script_may_run(new_run) -> None:
+    html, page = written(new_run(steps=6, iterations=4, count=9))
+    (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(
+        attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert f"script-src 'sha256-{digest}'" in str(policy) and "unsafe-eval" not in str(policy)
+    assert str(policy).count("unsafe-inline") == 1  # of styles
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "innerHTML" not in script and "http" not in script
+
+
+def test_the_samples_can_be_read_without_the_script(new_run) -> None:
+    html, page = written(new_run(steps=6, iterations=4, count=120))
+    form = next(attributes for tag, attributes in page.tags if attributes.get("id") == "filter")
+    assert "hidden" in form, "what would do nothing is not shown"
+    shelves = [
+        html.index(title)
+        for title in ("Where PPO gained most", "In the middle", "Where PPO lost most", '<h3 class="stage">Others')
+    ]
+    assert shelves == sorted(shelves) and page.count("article") == 120
 
 
 def test_nothing_is_loaded_from_anywhere(new_run) -> None:
@@ -84,6 +80,11 @@ def test_nothing_is_loaded_from_anywhere(new_run) -> None:
 
 
 PARTS = [
+    "reward/card.json",
+    "evaluation/path.json",
+    "evaluation/best_of_n.json",
+    "ppo/evaluations.jsonl",
+    "ppo/done.json",
     "config.yaml",
     "summary.json",
     "sft",
@@ -122,6 +123,18 @@ def test_values_of_the_wrong_kind_do_not_stop_the_page(new_run) -> None:
     (folder / "evaluation/samples.jsonl").write_text(
         '{"ppo": 3, "ppo_score": "x"}\n{}\n{"prompt": [{"role": 1, "content": null}]}\n'
     )
+    (folder / "reward/card.json").write_text(
+        '{"accuracy": 0.7, "pairs": 3, "by_confidence": [{"mean": 1}, 3], "by_margin": 4, "longer_worse": {"accuracy": "x"}, '
+        '"histograms": {"edges": [1, "x", 2], "chosen": {"counts": [1, 2]}, "sft": 7}, "by_source": [{"source": 3}], "temperature": []}'
+    )
+    (folder / "evaluation/path.json").write_text(
+        '{"points": [{"kl": 1}, {"kl": "x", "score_gain": 1}, 7], "turns": {"gold": {"kl": 2}}}'
+    )
+    (folder / "evaluation/best_of_n.json").write_text(
+        '{"curve": [{"n": 0, "kl": -1, "score_gain": 1}], "frontier": {}, "prompts": []}'
+    )
+    (folder / "ppo/evaluations.jsonl").write_text('{"iteration": 1, "score": 3, "kl": ["x"], "gold": []}\n{"gold": [1, 2]}\n')
+    (folder / "ppo/done.json").write_text('{"fingerprint": {"data": {"a": 3, "b": {"c": null}}}}')
     (folder / "ppo/metrics.jsonl").write_text('{"iteration": "a", "score": NaN}\n{"score": 1, "kl": -Infinity, "gold": true}\n')
     written(folder)
 
@@ -136,24 +149,10 @@ def test_one_point_and_broken_values(new_run) -> None:
     assert "PPO produced values that are not numbers" in html and "1 line of ppo/metrics.jsonl could not be read" in html
 
 
-def hostile(folder: Path) -> Path:
-    """The same hostile text wherever a run folder has text."""
-    keys = ("prompt", "group", "base", "sft", "ppo")
-    rows = [{key: HOSTILE for key in keys} | {"sft_score": 0.0, "ppo_score": float(i)} for i in range(3)]
-    (folder / "evaluation/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"device": HOSTILE, HOSTILE: HOSTILE, f"win_rate[{HOSTILE}]": 0.5, f"gold.{HOSTILE}[x]": 1.0}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "evaluation/policies.json").write_text(json.dumps({HOSTILE: {"score": 1.0}, "ppo": {"score": 2.0}}))
-    (folder / "evaluation/wins.json").write_text(json.dumps({HOSTILE: {"win_rate": 0.2, "low": 0.1, "high": 0.3, "n": 9}}))
-    (folder / "config.yaml").write_text(HOSTILE.replace("\ud800", ""), encoding="utf-8")
-    return folder
-
-
 def test_hostile_text_is_shown_and_not_run(new_run) -> None:
     html, page = written(hostile(new_run("<b>run&amp;", steps=12, iterations=6)))
-    assert page.count("script") == 0 and page.count("img") == 0
-    assert "<script" not in html and "onerror='" not in html
+    assert page.count("script") == 1 and page.count("img") == 0
+    assert html.count("<script") == 1 and "onerror='" not in html
     shown = [words for words in page.words if '<script>document.title="owned"</script>' in words and "{{ 7*7 }}" in words]
     assert len(shown) >= 3 * 4 + 1  # prompt, group and responses of each sample; the configuration
     assert any("?\u2400雨" in words for words in shown)
@@ -188,22 +187,58 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 FLAGS += ["--disable-component-update", "--disable-sync", "--hide-scrollbars"]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_in_a_browser(new_run, tmp_path: Path) -> None:
-    """In a real browser, phone width: injected script did not run, and the page does not scroll sideways."""
-    report = write_report(hostile(new_run("hostile", steps=60, iterations=40)))
-    frame = tmp_path / "frame.html"
+def in_browser(report: Path, folder: Path, script: str) -> list[str]:
+    """What the script finds out in a real browser, in a frame of phone width: it has `d`, the page's document, and gives an array."""
+    frame = folder / "frame.html"
     frame.write_text(
         f'<iframe id="f" src="{report.as_uri()}" width="390" height="800"></iframe><script>f.onload = () => {{ '
-        "const d = f.contentDocument; document.title = [d.title, d.documentElement.scrollWidth, "
-        "d.querySelectorAll('figure svg').length, getComputedStyle(d.body).maxWidth].join('|') }</script>"
+        f"const d = f.contentDocument; document.title = ((() => {{ {script} }})()).join('|') }}</script>"
     )
-    flags = [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files", "--virtual-time-budget=4000"]
-    run = [str(BROWSER), *flags, f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", frame.as_uri()]
+    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", "--allow-file-access-from-files", "--virtual-time-budget=4000"]
+    run = [str(BROWSER), *flags, f"--screenshot={folder / 'page.png'}", "--dump-dom", frame.as_uri()]
     dom = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True).stdout
     found = re.search(r"<title>([^<]*)</title>", dom)
-    assert found, dom[:500]
-    title, width, drawings, max_width = found[1].split("|")
+    assert found and (folder / "page.png").stat().st_size > 1000, dom[:500]
+    return found[1].split("|")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_in_a_browser(new_run, tmp_path: Path) -> None:
+    """Injected script did not run, the page does not scroll sideways, the style sheet was taken."""
+    report = write_report(hostile(new_run("hostile", steps=60, iterations=40)))
+    asked = "return [d.title, d.documentElement.scrollWidth, d.querySelectorAll('figure svg').length, getComputedStyle(d.body).maxWidth]"
+    title, width, drawings, max_width = in_browser(report, tmp_path, asked)
     assert title == "hostile · Tercet" and int(width) <= 390 and int(drawings) > 10
-    assert max_width == "1152px"  # the style sheet was taken: 72rem
-    assert (tmp_path / "page.png").stat().st_size > 1000
+    assert max_width == "1152px"  # 72rem
+
+
+FILTER = """
+const form = d.getElementById("filter"), seen = () => [...d.querySelectorAll("#found article")];
+const set = (name, value) => { form.elements[name].value = value; form.dispatchEvent(new Event("input", {bubbles: true})); };
+const numbers = (name) => seen().map((node) => parseFloat(node.dataset[name]));
+const all = [form.hidden, seen().length, d.getElementById("count").textContent, Math.max(...numbers("gain")) === numbers("gain")[0]];
+d.getElementById("more").click();
+all.push(seen().length, d.activeElement === seen()[10]);
+set("outcome", "loss");
+all.push(seen().every((node) => node.dataset.outcome === "loss"), d.getElementById("count").textContent);
+set("outcome", "all"); set("from", "2"); set("to", "3");
+all.push(Math.min(...numbers("ppo")) >= 2 && Math.max(...numbers("ppo")) <= 3);
+set("from", ""); set("to", ""); set("sort", "ppo up");
+all.push(numbers("ppo").every((value, i, row) => i === 0 || row[i - 1] <= value));
+set("words", "happiness");
+all.push(seen().every((node) => node.textContent.includes("happiness")) && seen().length > 0);
+set("words", "nothing says this");
+all.push(seen().length, d.querySelectorAll(".shelf:not([hidden])").length, d.documentElement.scrollWidth <= 390);
+return all;
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_filter_in_a_browser(new_run, tmp_path: Path) -> None:
+    folder = new_run("filter", steps=6, iterations=4, count=120)
+    rows = [json.loads(line) for line in (folder / "evaluation/samples.jsonl").read_text().splitlines()]
+    lost = sum(row["ppo_score"] < row["sft_score"] for row in rows)
+    found = in_browser(write_report(folder), tmp_path, FILTER)
+    assert found[:6] == ["false", "10", "120 of 120", "true", "20", "true"]
+    assert found[6:8] == ["true", f"{lost} of 120"] and lost > 0
+    assert found[8:11] == ["true", "true", "true"] and found[11:] == ["0", "0", "true"]

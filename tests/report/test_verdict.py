@@ -2,9 +2,10 @@ import math
 
 import pytest
 
+from tercet.report.causes import CAUSES
 from tercet.report.findings import interval_of_mean, wilson
 from tercet.report.load import RunData, load_run
-from tercet.report.verdict import verdict
+from tercet.report.verdict import verdict, verdict_of
 
 
 def ppo(**series: list[float]) -> dict[str, list[dict[str, float]]]:
@@ -34,8 +35,25 @@ def trained(accuracy: float) -> RunData:
 
 
 PAIRS = {"reward.eval_accuracy": 0.55, "reward.eval_pairs": 100}
-UP_DOWN = ppo(eval_score=[0, 1, 2, 3, 4], gold=[0.0, 1.0, 1.5, 1.0, 0.6])
-JUDGED = ppo(eval_score=[0, 1, 2, 3, 4], judge=[0.0, 1.0, 1.5, 1.0, 0.6])
+GOOD = {"reward.eval_accuracy": 0.75, "reward.eval_pairs": 1000}
+LENGTH = GOOD | {"reward.length_accuracy": 0.6, "reward.over_length": 0.15, "reward.over_length_low": 0.1}
+WON = {"win_rate": 0.8, "win_rate_low": 0.75, "sft.length": 20, "ppo.length": 30, "lc_win_rate": 0.6}
+
+
+def turned(judge: str, **figures: float) -> RunData:
+    turn = {"iteration": 60, "low": 40, "high": 70, "fall": 0.9, "fall_low": 0.4, "fall_high": 1.4, "rise": 2.0, "kl": 9.0}
+    return RunData(path={"turns": {judge: turn | figures}})
+
+
+def misled(high: float) -> RunData:
+    sides = {"longer_better": {"accuracy": 0.9, "high": 0.95}, "longer_worse": {"accuracy": 0.21, "high": high}}
+    return RunData(summary=GOOD, card=sides)
+
+
+def both(*pairs: tuple[float, float]) -> RunData:
+    """Samples of which PPO's score gains the first and gold the second number."""
+    return RunData(samples=[{"sft_score": 0, "ppo_score": a, "sft_gold": 0, "ppo_gold": b} for a, b in pairs])
+
 
 # rule, level, the figure its sentence rests on, a run that breaks it, a run just inside
 CASES = [
@@ -43,6 +61,7 @@ CASES = [
     ("skipped", "warning", "3", drawn(skipped=[0, 1, 2]), drawn(skipped=[0, 0, 0])),
     ("sft_loss_rose", "error", "2.10", RunData(metrics=sft(2.0, 1.9, 2.1)), RunData(metrics=sft(2.0, 1.9, 1.91))),
     ("sft_overfit", "warning", "1.60", RunData(metrics=sft(2.0, 1.5, 1.6)), RunData(metrics=sft(2.0, 1.5, 1.57))),
+    ("sft_none", "warning", "0.01", told({"base.kl": 0.01}), told({"base.kl": 0.03})),
     ("sft_stop", "error", "41\u202f%", told({"sft.finished": 0.41}), told({"sft.finished": 0.8})),
     (
         "sft_stop",
@@ -53,19 +72,32 @@ CASES = [
     ),
     ("reward_chance", "error", "55\u202f%", told(PAIRS), told(PAIRS | {"reward.eval_pairs": 1000})),
     ("reward_weak", "warning", "55\u202f%", told(PAIRS | {"reward.eval_pairs": 1000}), told({"reward.eval_accuracy": 0.6})),
+    ("reward_inverted", "error", "30\u202f%", told({"reward.eval_accuracy": 0.3, "reward.eval_pairs": 90}), told(PAIRS)),
+    ("reward_few", "error", "20", told({"reward.comparisons": 20}), told({"reward.comparisons": 200})),
+    ("reward_few", "warning", "60", told({"reward.comparisons": 60}), told({})),
+    ("reward_unmeasured", "warning", "0", told({"reward.comparisons": 900}), told({"reward.comparisons": 900} | PAIRS)),
+    ("reward_length", "error", "+0.01", told(LENGTH | {"reward.over_length": 0.01}), told(LENGTH)),
     (
-        "reward_gap",
+        "reward_length",
         "warning",
-        "70\u202f%",
-        told({"reward.eval_accuracy": 0.7, "reward.ceiling": 0.8}),
-        told({"reward.eval_accuracy": 0.76, "reward.ceiling": 0.8}),
+        "+0.15",
+        told(LENGTH | {"reward.over_length_low": -0.01}),
+        told(LENGTH | {"reward.eval_pairs": 49}),
+    ),
+    ("reward_misled", "warning", "21\u202f%", misled(0.3), misled(0.51)),
+    (
+        "reward_overconfident",
+        "warning",
+        "2.50",
+        told(GOOD | {"reward.temperature": 2.5}),
+        told(GOOD | {"reward.temperature": 1.9}),
     ),
     ("reward_overfit", "warning", "20\u202f%", trained(0.95), trained(0.89)),
     ("sampler_gap", "error", "0.9", drawn(sampler_logprob_gap=[0.9] * 3), drawn(sampler_logprob_gap=[0.1] * 3)),
     ("kl_none", "error", "0.3\u202fnats", told({"ppo.kl": 0.3}), told({"ppo.kl": 0.5})),
     ("kl_none", "warning", "0.3\u202fnats", told({"ppo.kl": 0.3, "win_rate_low": 0.6}), told({"ppo.kl": 1})),
     ("kl_negative", "error", "\u22122\u202fnats", told({"ppo.kl": -2.0}), told({"ppo.kl": 2.0})),
-    ("kl_exploded", "error", "61\u202fnats", told({"ppo.kl": 61}), told({"ppo.kl": 59})),
+    ("kl_exploded", "error", "61\u202fnats", told({"ppo.kl": 61, "ppo.length": 60}), told({"ppo.kl": 61, "ppo.length": 90})),
     ("kl_exploded", "error", "11\u202fnats", told({"ppo.kl": 11, "ppo.kl_budget": 10}), told({"ppo.kl": 9, "ppo.kl_budget": 10})),
     ("score_flat", "error", "+0.5", RunData(samples=gains(2, -1)), RunData(samples=gains(1.0, 1.1, 0.9))),
     ("score_fell", "error", "\u22121", RunData(samples=gains(-1.0, -1.1, -0.9)), RunData(samples=gains(1.0, 1.1, 0.9))),
@@ -84,21 +116,21 @@ CASES = [
         RunData(summary={"win_rate": 0.9}, wins={"judge": {"win_rate": 0.3, "high": 0.35}}),
         RunData(summary={"win_rate": 0.9}, wins={"judge": {"win_rate": 0.6, "high": 0.65}}),
     ),
+    ("over_optimised", "error", "\u22120.9", turned("gold"), turned("gold", fall_low=-0.1)),
+    ("over_optimised", "error", "\u22120.9", turned("judge"), RunData(path={"turns": {}})),
+    ("over_optimised", "error", "\u22121", both((2, -1), (2.1, -1.1), (1.9, -0.9)), both((2, -1), (2.1, 1.1), (1.9, 0.9))),
+    ("win_by_length", "warning", "60\u202f%", told(WON | {"lc_win_rate_low": 0.49}), told(WON | {"lc_win_rate_low": 0.51})),
+    ("score_constant", "error", "0", drawn(score_std=[0.0, 0.0]), drawn(score_std=[0.0, 0.1])),
+    ("repeats", "error", "45\u202f%", told({"sft.repetition": 0.02, "ppo.repetition": 0.45}), told({"ppo.repetition": 0.45})),
     (
-        "over_optimised",
-        "error",
-        "\u22120.9",
-        RunData(metrics=UP_DOWN),
-        drawn(eval_score=[0, 1, 2, 3, 4], gold=[0.0, 1.0, 1.5, 1.4, 1.3]),
+        "repeats",
+        "warning",
+        "30\u202f%",
+        told({"sft.repetition": 0, "ppo.repetition": 0.3}),
+        told({"sft.repetition": 0.2, "ppo.repetition": 0.3}),
     ),
-    ("over_optimised", "error", "\u22120.9", RunData(metrics=JUDGED), RunData(metrics=UP_DOWN, summary={"gold.sft_std": 20.0})),
-    (
-        "over_optimised",
-        "error",
-        "\u22121",
-        told({"gold.sft": 1, "gold.ppo": 0, "sft.score": 0, "ppo.score": 2}),
-        told({"gold.sft": 1, "gold.ppo": 2, "sft.score": 0, "ppo.score": 2}),
-    ),
+    ("step_size", "error", "2", drawn(approx_kl=[0.1, 2.0, 0.1]), drawn(approx_kl=[0.1, 0.2])),
+    ("step_size", "warning", "0.5", drawn(approx_kl=[0.5]), drawn(approx_kl=[0.3])),
     (
         "finished_fell",
         "warning",
@@ -146,8 +178,51 @@ CASES = [
 def test_each_rule_fires_with_its_figure_and_not_just_inside(rule, level, figure, broken, inside) -> None:
     found = [finding for finding in verdict(broken) if finding.rule == rule]
     assert [(finding.level, finding.figure) for finding in found] == [(level, figure)]
-    assert found[0].title and found[0].text.endswith(".")
+    assert found[0].title and found[0].text.endswith(".") and found[0].advice == CAUSES[rule].advice
     assert rule not in {finding.rule for finding in verdict(inside)}
+
+
+def test_every_cause_has_a_case_at_each_of_its_levels() -> None:
+    wanted = {
+        (rule, level) for rule, cause in CAUSES.items() for level in ("error", "warning") if getattr(cause, level) is not None
+    }
+    assert wanted <= {(case[0], case[1]) for case in CASES}
+    assert {case[0] for case in CASES} == set(CAUSES)
+
+
+def test_what_a_model_goes_by_is_not_asked_where_a_coin_is_as_good() -> None:
+    chance = {"reward.eval_accuracy": 0.5, "reward.eval_pairs": 1000, "reward.temperature": 100.0}
+    chance |= {"reward.length_accuracy": 0.5, "reward.over_length": 0.0, "reward.over_length_low": -0.02}
+    run = RunData(summary=chance, card={"longer_worse": {"accuracy": 0.1, "high": 0.2}})
+    assert [finding.rule for finding in verdict(run)] == ["reward_chance"]
+
+
+def test_the_point_where_a_judge_turns_down_is_named() -> None:
+    (found,) = [finding for finding in verdict(turned("judge")) if finding.rule == "over_optimised"]
+    assert "After iteration 60 (95 % interval 40 to 70) the second reward model's score fell by 0.9" in found.text
+    (found,) = [finding for finding in verdict(turned("gold", iteration=0)) if finding.rule == "over_optimised"]
+    assert found.text.startswith("From the first evaluation on the gold score fell")
+    both_turn = RunData(path={"turns": turned("mine").path["turns"] | turned("gold").path["turns"]})
+    assert [f.text.count("gold") for f in verdict(both_turn) if f.rule == "over_optimised"] == [1], "the truth is asked first"
+
+
+def test_broken_contents_of_files_say_nothing() -> None:
+    for path in (
+        {"turns": 3},
+        {"turns": {"gold": 3}},
+        {"turns": {"gold": {"iteration": "x", "fall": None}}},
+        {"points": [1, None]},
+    ):
+        assert [finding.rule for finding in verdict(RunData(path=path, card={"longer_worse": 7}))] == ["empty"]
+
+
+def test_the_verdict_for_the_summary(new_run) -> None:
+    folder = new_run(steps=12, iterations=6, count=5)
+    found = verdict_of(folder)
+    assert [set(one) for one in found] == [{"cause", "severity", "stage", "sentence", "figure", "advice"}] * len(found)
+    assert (found[0]["cause"], found[0]["severity"]) == ("healthy", "ok") and found[0]["sentence"].startswith(
+        "Healthy. All three"
+    )
 
 
 def test_healthy_run_has_neither_errors_nor_warnings(new_run) -> None:
@@ -190,8 +265,3 @@ def test_intervals() -> None:
     # mean 2, sd 1, n 3: 2 -+ 1.96 / sqrt(3)
     assert interval_of_mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 0.868393, 3.131607), abs=1e-5)
     assert interval_of_mean([4.0]) == (4.0, -math.inf, math.inf)
-
-
-def test_gold_and_score_that_fall_together_are_not_over_optimisation() -> None:
-    run = drawn(eval_score=[0, 1, 2, 1, 0.5], gold=[0.0, 1.0, 1.5, 1.0, 0.6])
-    assert "over_optimised" not in {finding.rule for finding in verdict(run)}

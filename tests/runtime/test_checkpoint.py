@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tercet.runtime import checkpoint as module
-from tercet.runtime.checkpoint import Checkpoints, random_state, replace_folder, restore_random_state, seed_everything, write_json
+from tercet.runtime.checkpoint import Checkpoints, random_state, restore_random_state, seed_everything
 from tercet.types import TercetError
 
 
@@ -127,17 +127,39 @@ def test_dying_between_the_two_renames_of_a_rewrite_loses_nothing(tmp_path: Path
         patch.setattr(os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
             save(checkpoints, 5)
+    assert ".replaced-step-000000005" in names(tmp_path) and "step-000000005" not in names(tmp_path)
+    checkpoints.recover()
     found, _ = checkpoints.latest()
     assert found is not None and found.step == 5
     save(checkpoints, 5)
     assert names(tmp_path) == ["step-000000005"]
 
 
-def test_another_format_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dying_after_the_two_renames_of_a_rewrite_does_not_block_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was moved aside is still there: to move the same name there once more would fail."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 5)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "FORMAT", 99)
+        patch.setattr(module.shutil, "rmtree", lambda path, **_: None)  # dies before any cleaning up
+        save(checkpoints, 5)
+    assert names(tmp_path) == [".replaced-step-000000005", "step-000000005"]
+    save(checkpoints, 5)
+    assert names(tmp_path) == ["step-000000005"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", lambda path, **_: None)
+        save(checkpoints, 5)
+    checkpoints.recover()
+    assert names(tmp_path) == ["step-000000005"]
+
+
+@pytest.mark.parametrize("number", [1, 99], ids=["older", "newer"])
+def test_another_format_is_refused_with_a_way_out(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FORMAT", number)
         save(Checkpoints(tmp_path, keep=1), 5)
-    with pytest.raises(TercetError, match=r"format 99, this version of Tercet reads 1.*--from"):
+    with pytest.raises(TercetError, match=rf"format {number}, this version of Tercet reads 2.*--from"):
         Checkpoints(tmp_path, keep=1).latest()
 
 
@@ -169,27 +191,3 @@ def test_seed_everything_sets_all_three() -> None:
         draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert draws[0] == draws[1]
     assert all(a != b for a, b in zip(draws[0], draws[2]))
-
-
-def test_write_json_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a/b.json"
-    write_json(path, {"x": 1})
-
-    def dies(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dies)
-        with pytest.raises(KeyboardInterrupt):
-            write_json(path, {"x": 2})
-    assert json.loads(path.read_text()) == {"x": 1}
-
-
-def test_replace_folder(tmp_path: Path) -> None:
-    for name in ("new", "old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    (tmp_path / "old/more").touch()
-    replace_folder(tmp_path / "new", tmp_path / "old")
-    assert names(tmp_path) == ["old"] and names(tmp_path / "old") == ["file"]
-    assert (tmp_path / "old/file").read_text() == "new"

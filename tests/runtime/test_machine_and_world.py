@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,12 +126,44 @@ class TestLock:
     def test_a_held_folder_is_refused_naming_the_holder(self, tmp_path: Path) -> None:
         with (
             locked(tmp_path / "run"),
-            pytest.raises(TercetError, match=rf"in use by process {os.getpid()}: wait"),
+            pytest.raises(TercetError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}: wait"),
             locked(tmp_path / "run"),
         ):
             raise AssertionError("two holders")
         with locked(tmp_path / "run"):
             pass  # free again
+
+    def test_a_folder_in_which_nothing_came_to_be_goes_again(self, tmp_path: Path) -> None:
+        with pytest.raises(ZeroDivisionError), locked(tmp_path / "new/run"):
+            raise ZeroDivisionError
+        assert not (tmp_path / "new/run").exists()
+        with locked(tmp_path / "new/run") as is_main:
+            assert is_main
+            (tmp_path / "new/run/config.yaml").touch()
+        assert (tmp_path / "new/run/config.yaml").exists()
+
+    def test_a_lock_on_a_file_without_a_name_keeps_nobody_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Opened just before its holder removed it: the lock must be taken on the file that others will see."""
+        real, path = fcntl.flock, tmp_path / "run/.lock"
+        calls = []
+
+        def flock(file: Any, operation: int) -> None:
+            calls.append(operation)
+            if len(calls) == 1:
+                path.unlink()
+            real(file, operation)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with locked(tmp_path / "run"):
+            assert len(calls) == 2 and path.exists()
+            with pytest.raises(TercetError, match="in use"), locked(tmp_path / "run"):
+                raise AssertionError("two holders")
+
+    def test_other_ranks_share_the_first_ones(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with locked(tmp_path / "run"):
+            monkeypatch.setenv("RANK", "1")
+            with locked(tmp_path / "run") as is_main:
+                assert not is_main
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

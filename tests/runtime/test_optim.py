@@ -118,3 +118,48 @@ def test_frozen_parameters_are_not_touched() -> None:
     adam.step(0.1)
     assert torch.equal(module[0].weight, before)
     assert {name.split("/")[0] for name in adam.state()} == {"1.weight", "1.bias"}
+
+
+class Halved(nn.Module):
+    """A layer that holds its weight in bfloat16 and the original in `masters`."""
+
+    def __init__(self, *weights: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weights))
+        self.masters = {"weight": self.weight.data}
+        self.weight.data = self.weight.data.bfloat16()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (self.weight * inputs).sum()
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_float32() -> None:
+    """At 1 bfloat16 is spaced by 1/128 below and 1/256 above; AdamW's first steps with a constant gradient are of size `rate`."""
+    module = Halved(1.0, -1.0)
+    adam = optimizer(module)
+    for count in range(1, 11):
+        module(torch.tensor([-1.0, 1.0])).backward()
+        assert module.weight.grad is None, "it moved on to the float32 original"
+        adam.step(1e-3)
+        assert adam.weights()["weight"].tolist() == pytest.approx([1 + count * 1e-3, -1 - count * 1e-3], rel=1e-4)
+        assert torch.equal(module.weight.data, adam.weights()["weight"].bfloat16())
+    assert module.weight.tolist() == [1.0078125, -1.0078125]
+
+
+def test_gradients_of_micro_batches_are_added_in_float32() -> None:
+    """1 + 2^-9 has no bfloat16; the sum of 256 of 2^-8 and one of 1 would stay 1 there."""
+    module = Halved(0.0)
+    adam = optimizer(module)
+    module(torch.tensor([1.0])).backward()
+    for _ in range(256):
+        module(torch.tensor([2.0**-9])).backward()
+    assert adam.step(0.0) == pytest.approx(1.5)
+
+
+def test_float32_originals_are_restored_and_rounded_anew() -> None:
+    module, other = Halved(1.001, 2.0), Halved(3.0, 4.0)
+    adam, restored = optimizer(module), optimizer(other)
+    restored.load_weights({name: value.clone() for name, value in adam.weights().items()})
+    assert torch.equal(restored.weights()["weight"], torch.tensor([1.001, 2.0]))
+    assert other.weight.tolist() == [1.0, 2.0]
+    assert other.masters["weight"].tolist() == pytest.approx([1.001, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from tercet.runtime.distributed import World
 from tercet.stages import update as update_module
 from tercet.stages.rollout import Actors, Rollout
-from tercet.stages.update import UpdateProgress
+from tercet.stages.update import Trainables, UpdateProgress, update_flops
 
 
 @pytest.fixture
@@ -267,3 +268,18 @@ def test_an_interrupted_update_goes_on_where_it_stopped() -> None:
         tiny.update_of(rollout.experience, again, config, progress=progress, **optimizers)
         assert progress == straight
         assert tiny.largest_gap(tiny.weights(actors.policy), tiny.weights(again.policy)) == 0.0
+
+
+def test_flops_of_an_update_by_hand() -> None:
+    """Two epochs of two minibatches: each text goes twice forward and backward through both models, three times a forward's cost."""
+    actors = tiny.actors_of()
+    config = tiny.ppo_config(ppo_epochs=2, minibatch_size=6)
+    experience = tiny.rollout_of(actors, config).experience
+    progress = UpdateProgress(steps=3, skipped=1)
+    trainables = Trainables(actors.policy, actors.value_model, None, None, 1e-3, 1e-3)  # type: ignore[arg-type]
+    tokens, responses = int(experience.sequences.lengths.sum()), int(experience.sequences.response_lens.sum())
+    trunk, width, vocabulary = 12 * 32**2, 32, 4
+    wanted = 2 * 3 * 2 * (2 * trunk * tokens + (vocabulary + 1) * width * responses)
+    assert update_flops(experience, trainables, config, progress) == wanted
+    still = dataclasses.replace(trainables, policy_learning_rate=None)
+    assert update_flops(experience, still, config, progress) == 2 * 3 * 2 * (trunk * tokens + width * responses)

@@ -1,0 +1,102 @@
+"""The workloads of every benchmark: models with random weights, a tokenizer and prompts, written to a folder once.
+
+Both sides load the same checkpoints and the same prompts, so nothing differs but the code that trains. Imported by Tercet's
+workers and by those of the peer, which runs in an environment of its own: it uses torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+EOS, PAD = 0, 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One PPO iteration: `batch` responses of at most `new_tokens` tokens to prompts of 4 to 32, `epochs` optimizer steps of
+    the whole batch, cut into micro-batches of `microbatch` responses."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    batch: int
+    new_tokens: int
+    epochs: int
+    microbatch: int
+    mean_length: float | None = None  # of a response; None: EOS is as rare as any other token
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """What holds `microbatch` of the longest texts."""
+        return self.microbatch * (32 + self.new_tokens)
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("tiny", 4, 128, 4, 2_048, batch=32, new_tokens=48, epochs=4, microbatch=8),
+        Workload("gpt2", 12, 768, 12, 50_257, batch=16, new_tokens=48, epochs=2, microbatch=4),
+        Workload("ragged", 12, 768, 12, 50_257, batch=16, new_tokens=96, epochs=2, microbatch=4, mean_length=20.0),
+    )
+}
+
+
+def config_of(workload: Workload) -> GPT2Config:
+    """GPT-2's own configuration at the workload's size, without dropout."""
+    return GPT2Config(
+        n_layer=workload.layers,
+        n_embd=workload.width,
+        n_head=workload.heads,
+        vocab_size=workload.vocabulary,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+
+
+def prepare(workload: Workload, folder: Path, prompts: int = 256) -> None:
+    """Write policy, reward (also the value model's start), tokenizer and prompts.json to `folder`, unless they are there."""
+    if (folder / "prompts.json").exists():
+        return
+    torch.manual_seed(0)
+    config = config_of(workload)
+    policy = GPT2LMHeadModel(config)
+    if workload.mean_length is not None:
+        plant_eos_rate(policy, 1 / workload.mean_length)
+    config.num_labels = 1
+    reward = GPT2ForSequenceClassification(config)
+    words = {f"w{i}": i for i in range(workload.vocabulary)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0", pad_token="w1", padding_side="left")
+    for name, model in {"policy": policy, "reward": reward}.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    draw = random.Random(0)
+    rows = [[draw.randrange(2, workload.vocabulary) for _ in range(draw.randint(4, 32))] for _ in range(prompts)]
+    (folder / "prompts.json").write_text(json.dumps(rows))
+
+
+@torch.no_grad()
+def plant_eos_rate(policy: GPT2LMHeadModel, rate: float) -> None:
+    """Raise EOS's logit through the bias of the last layer norm until about `rate` of the tokens are EOS."""
+    direction = policy.transformer.wte.weight[EOS] / policy.transformer.wte.weight[EOS].norm()
+    probe = torch.randint(2, policy.config.vocab_size, (16, 32))
+    low, high = 0.0, 100.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        policy.transformer.ln_f.bias.copy_(middle * direction)
+        found = policy(input_ids=probe).logits.softmax(-1)[..., EOS].mean().item()
+        low, high = (middle, high) if found < rate else (low, middle)

@@ -1,0 +1,59 @@
+"""A key-value cache whose steps cost the bytes of the new token, not of all that came before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, (B, heads, tokens, head size), as views of storage with room for `capacity` tokens.
+
+    transformers' own layer concatenates: it copies the whole cache at every token.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._storage = [_room(states, self._capacity) for states in (key_states, value_states)]
+        self.dtype, self.device = self._storage[0].dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self._length + key_states.shape[2]
+        for storage, states in zip(self._storage, (key_states, value_states)):
+            storage[:, :, self._length : end] = states
+        self._length = end
+        return self._look()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`. Only rows that move are copied: each must come from behind all that are kept."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
+        assert not len(moved) or int(indices[moved].min()) >= len(indices)
+        self._storage = [storage[: len(indices)].index_copy_(0, moved, storage[indices[moved]]) for storage in self._storage]
+        self._look()
+
+    def _look(self) -> tuple[Tensor, Tensor]:
+        keys, values = (storage[:, :, : self._length] for storage in self._storage)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def cache_for(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """An empty cache with room for `capacity` tokens; layers that forget (sliding windows) are transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _room(states: Tensor, capacity: int) -> Tensor:
+    return states.new_empty(*states.shape[:2], capacity, states.shape[3])

@@ -1,0 +1,168 @@
+"""Four models in the memory of one: the roles of a run as low-rank adapters (LoRA, Hu 2021) on one frozen backbone.
+
+Each role is a module tree of its own whose frozen parameters are the very tensors of the backbone, so nothing is ever switched on
+or off: the reference is the tree without adapters. What a role learns (its adapter and its head) belongs to it alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tercet.models.roles import Policy, ScoreModel, init_score_head, score_head
+from tercet.types import TercetError
+
+_WEIGHTS, _OFFSET = "adapter_model.safetensors", "tercet.json"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The size of an adapter: W x + (alpha / rank) B A x, with A (rank, in) random and B (out, rank) zero at first."""
+
+    rank: int
+    alpha: int
+
+
+class Backbone:
+    """A frozen causal language model that roles stand on. `load` reads its float32 checkpoint, named `source`."""
+
+    def __init__(self, source: str, load: Callable[[], PreTrainedModel], compute_dtype: torch.dtype, size: Rank):
+        self.source = source
+        self.reference = Policy(load(), compute_dtype)
+        self.reference.freeze()
+        self._load = load
+        self._size = size
+
+    def policy(self, *, seed: int) -> Policy:
+        """A policy that starts as the reference."""
+        model = _sharing(self.reference.model)
+        self._adapt(model, seed)
+        policy = Policy(model, self.reference.compute_dtype)
+        policy.merge = lambda: self._merged(policy)
+        return policy
+
+    def scorer(self, folder: Path | None = None, *, seed: int = 0) -> ScoreModel:
+        """A reward or value model: that of an adapter's folder, or a new one that scores 0."""
+        config = copy.deepcopy(self.reference.model.config)
+        config.num_labels = 1
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config).eval()
+        trunk = _sharing(self.reference.model.base_model)
+        setattr(model, model.base_model_prefix, trunk)
+        head = score_head(model).to_empty(device=self.reference.device)
+        nn.Module.to(head, torch.float64 if self.reference.compute_dtype is torch.float64 else torch.float32)
+        init_score_head(head, None)
+        self._adapt(model, seed)
+        if folder is not None:
+            _read(model, folder)
+            offset = json.loads((folder / _OFFSET).read_text(encoding="utf-8"))["score_offset"]
+            model.config.score_offset = offset
+        scorer = ScoreModel(model, self.reference.compute_dtype)
+        scorer.merge = lambda: self._merged(scorer)
+        return scorer
+
+    def save(self, role: Policy | ScoreModel, folder: Path) -> None:
+        """Write the role's adapter as PeftModel.from_pretrained reads it."""
+        from peft import LoraConfig
+
+        is_policy = isinstance(role, Policy)
+        about = LoraConfig(
+            r=self._size.rank,
+            lora_alpha=self._size.alpha,
+            target_modules=sorted(name.removesuffix(".lora_A.default") for name in _adapters(role.model)),
+            fan_in_fan_out=_is_transposed(self.reference.model),
+            modules_to_save=None if is_policy else [_head_name(role.model)],
+            task_type="CAUSAL_LM" if is_policy else "SEQ_CLS",
+            base_model_name_or_path=self.source,
+        )
+        about.inference_mode = True
+        about.save_pretrained(str(folder))
+        named = {name: role.masters.get(f"model.{name}", p.data) for name, p in role.model.named_parameters() if p.requires_grad}
+        tensors = {
+            f"base_model.model.{name.replace('.default', '')}": value.float().contiguous() for name, value in named.items()
+        }
+        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+        if isinstance(role, ScoreModel):
+            (folder / _OFFSET).write_text(json.dumps({"score_offset": role.offset}), encoding="utf-8")
+
+    def _adapt(self, model: PreTrainedModel, seed: int) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        trunk, prefix = model.base_model, model.base_model_prefix
+        linear = [name for name, module in trunk.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        settings = LoraConfig(
+            r=self._size.rank,
+            lora_alpha=self._size.alpha,
+            target_modules=[f"{prefix}.{name}" for name in linear],
+            fan_in_fan_out=_is_transposed(model),
+        )
+        trained = {id(p) for p in model.parameters() if p.requires_grad}  # a scorer's head
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(settings, model)
+        wide = torch.float64 if self.reference.compute_dtype is torch.float64 else torch.float32
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name or id(parameter) in trained)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(wide)
+
+    @torch.no_grad()
+    def _merged(self, role: Policy | ScoreModel) -> PreTrainedModel:
+        """An ordinary float32 model that computes what backbone and adapter do together; called with float32 weights in place."""
+        whole = self._load()
+        own, trunk = role.model.base_model, whole.base_model
+        for name in _adapters(own):
+            layer = name.removesuffix(".lora_A.default")
+            delta = own.get_submodule(layer).get_delta_weight("default")  # type: ignore[operator]
+            trunk.get_submodule(layer).weight += delta.float()
+        if isinstance(role, Policy):
+            return whole
+        with torch.device("meta"):
+            scorer = AutoModelForSequenceClassification.from_config(role.model.config).eval()
+        setattr(scorer, scorer.base_model_prefix, trunk)
+        score_head(scorer).to_empty(device=role.device).float().weight.copy_(role.head.weight)
+        return scorer
+
+
+def _sharing(model: Any) -> Any:
+    """Another tree of modules over the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.endswith(".lora_A.default")]
+
+
+def _is_transposed(model: nn.Module) -> bool:
+    """Whether weights are (in, out), as GPT-2's are."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _head_name(model: PreTrainedModel) -> str:
+    head = score_head(model)
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, folder: Path) -> None:
+    found = load_file(folder / _WEIGHTS)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in wanted.items():
+        key = f"base_model.model.{name.replace('.default', '')}"
+        if key not in found or found[key].shape != parameter.shape:
+            raise TercetError(
+                f"{folder}: no weights {key} of shape {list(parameter.shape)}: the adapter was trained with another model or another "
+                "model.adapter.rank; run `tercet run` with --from reward"
+            )
+        parameter.copy_(found[key])

@@ -1,0 +1,55 @@
+"""Whole runs with low-rank adapters on one backbone: the same folders and checkpoints as without."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tercet.config import load_config
+from tercet.jobs.workshop import adapter_folder
+from tercet.types import TercetError
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, finished_run: Path) -> Path:
+    from end_to_end.conftest import Runs
+
+    runs = Runs(tmp_path_factory.mktemp("adapted"), tiny_data, finished_run / "sft/model")
+    return runs.run(model={"adapter": {"rank": 4, "alpha": 8}}, ppo={"iterations": 3, "learning_rate": 0.01})
+
+
+def test_merged_checkpoints_are_base_plus_adapter_as_peft_reads_it(adapted: Path) -> None:
+    """peft on the backbone and the merged checkpoint give the same numbers; the adapter has moved the policy."""
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        backbone = AutoModelForCausalLM.from_pretrained(adapted / "sft/model")
+        before = backbone(input_ids=ids).logits
+        policy = PeftModel.from_pretrained(backbone, str(adapter_folder(adapted / "ppo/model")))
+        merged = AutoModelForCausalLM.from_pretrained(adapted / "ppo/model")
+        assert merged.dtype is torch.float32
+        assert torch.allclose(policy(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-4)
+        assert (merged(input_ids=ids).logits - before).abs().max() > 1e-3
+        for name in ("reward/model", "ppo/value"):
+            merged_scorer = AutoModelForSequenceClassification.from_pretrained(adapted / name)
+            trunk = AutoModelForSequenceClassification.from_pretrained(adapted / "sft/model", num_labels=1)
+            scorer = PeftModel.from_pretrained(trunk, str(adapter_folder(adapted / name)))
+            scorer.config.pad_token_id = merged_scorer.config.pad_token_id
+            assert torch.allclose(scorer(input_ids=ids).logits, merged_scorer(input_ids=ids).logits, atol=1e-4)
+
+
+def test_the_run_has_the_figures_of_any_other(adapted: Path, finished_run: Path) -> None:
+    own, other = (json.loads((folder / "summary.json").read_text()) for folder in (adapted, finished_run))
+    assert {"reward.eval_accuracy", "ppo.score", "ppo.kl", "win_rate"} <= own.keys() & other.keys()
+    rows = [json.loads(line) for line in (adapted / "ppo/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["kl"] == 0.0 and rows[-1]["kl"] != 0.0 and rows[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_adapters_cannot_be_combined_with_is_said(runs: Any) -> None:
+    with pytest.raises(TercetError, match=r"ppo.policy is a model of its own, but with model.adapter all roles share one"):
+        load_config(runs.settings(model={"adapter": {}}, ppo={"policy": str(runs.model)}))
+    with pytest.raises(TercetError, match=r"set sft.dropout: 0"):
+        load_config(runs.settings(model={"adapter": {}}, sft={"dropout": 0.1}))

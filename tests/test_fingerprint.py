@@ -1,0 +1,112 @@
+"""What counts as a change: contents and not places, everything a stage reads, and by which name it is told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tercet.config import load_config
+from tercet.fingerprint import differences, fingerprints
+
+STAGES = ["sft", "reward", "ppo", "evaluate"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with data, a reward function, a gold function, and folders that stand for models."""
+    folder = tmp_path / "project"
+    for name in ("model", "classifier", "value", "other"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(f'{{"name": "{name}"}}')
+        (folder / name / "model.safetensors").write_bytes(name.encode())
+    for name in ("sft", "pairs", "prompts"):
+        (folder / f"{name}.jsonl").write_text(f'{{"{name}": 1}}\n')
+    (folder / "many").mkdir()
+    for i in range(5):
+        (folder / f"many/{i}.jsonl").write_text(f'{{"a": {i}}}\n')
+    for name in ("score", "gold"):
+        (folder / f"{name}.py").write_text(f"def f(prompts, responses, **fields):\n    return '{name}'\n")
+    return folder
+
+
+def prints_of(folder: Path, **sections: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model": {"name": str(folder / "model")},
+        "data": {"sft": str(folder / "sft.jsonl"), "comparisons": str(folder / "pairs.jsonl"), "prompts": str(folder / "many")},
+        "ppo": {
+            "rewards": [
+                {"kind": "function", "function": f"{folder}/score.py:f"},
+                {"kind": "classifier", "model": str(folder / "classifier")},
+            ],
+            "value_model": str(folder / "value"),
+        },
+        "evaluation": {"gold": f"{folder}/gold.py:f", "judges": {"mine": {"kind": "classifier", "model": str(folder / "other")}}},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return fingerprints(load_config(values), STAGES)
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[str]]:
+    """Stage -> what changed there, without what follows from an earlier stage."""
+    told = {
+        stage: [line for line in differences(before[stage], after[stage]) if not line.startswith("stage ")] for stage in STAGES
+    }
+    return {stage: lines for stage, lines in told.items() if lines}
+
+
+def test_a_project_may_be_moved_as_a_whole(project: Path, tmp_path: Path) -> None:
+    before = prints_of(project)
+    shutil.move(project, tmp_path / "elsewhere")
+    assert prints_of(tmp_path / "elsewhere") == before
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("sft.jsonl", {"sft": ["contents of data.sft changed: sft.jsonl"]}),
+        ("pairs.jsonl", {"reward": ["contents of data.comparisons changed: pairs.jsonl"]}),
+        ("many/3.jsonl", {stage: ["contents of data.prompts changed: 3.jsonl"] for stage in ("reward", "ppo", "evaluate")}),
+        ("model/model.safetensors", {s: ["contents of model.name changed: model.safetensors"] for s in ("sft", "reward", "ppo")}),
+        ("score.py", {"ppo": ["contents of ppo.rewards.0.function score.py changed"]}),
+        ("classifier/config.json", {"ppo": ["contents of ppo.rewards.1.model changed: config.json"]}),
+        ("value/model.safetensors", {"ppo": ["contents of ppo.value_model changed: model.safetensors"]}),
+        ("gold.py", {"evaluate": ["contents of evaluation.gold gold.py changed"]}),
+        ("other/model.safetensors", {"evaluate": ["contents of evaluation.judges.mine.model changed: model.safetensors"]}),
+    ],
+)
+def test_each_file_counts_where_it_is_read(file: str, told: dict[str, list[str]], project: Path) -> None:
+    before = prints_of(project)
+    with (project / file).open("a") as opened:
+        opened.write(" ")
+    after = prints_of(project)
+    assert changes(before, after) == told
+    first = STAGES.index(next(iter(told)))
+    for stage in STAGES[first + 1 :]:  # and every later stage says which earlier one it is
+        assert f"stage {STAGES[first]} changed" in list(differences(before[stage], after[stage]))
+
+
+def test_many_files_are_not_all_named(project: Path) -> None:
+    before = prints_of(project)
+    for path in (project / "many").iterdir():
+        path.write_text("{}\n")
+    assert changes(before, prints_of(project))["ppo"] == [
+        "contents of data.prompts changed: 0.jsonl, 1.jsonl, 2.jsonl and 2 more"
+    ]
+
+
+def test_judges_and_gold_count_in_ppo_only_where_it_evaluates(project: Path) -> None:
+    before = prints_of(project, ppo={"evaluate_every": 5})
+    (project / "gold.py").write_text("other")
+    assert set(changes(before, prints_of(project, ppo={"evaluate_every": 5}))) == {"ppo", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"checkpoint": {"every": 3, "every_minutes": None, "keep": 9}}, {"ppo": {"save_rollouts_every": 3, "kl": {"limit": 1.0}}}],
+)
+def test_what_cannot_change_a_result_does_not_count(change: dict[str, Any], project: Path) -> None:
+    assert prints_of(project, **change) == prints_of(project)
