@@ -67,7 +67,7 @@ def rich_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     values["data"] |= {key: str(folder / f"{name}.jsonl") for key, name in files.items()}
     values["pretrain"] |= {"max_length": 32}
     values["reward"] |= {"batch_size": 128}
-    values["ppo"] |= {"iterations": 2, "evaluate_every": 1}
+    values["ppo"] |= {"iterations": 2, "evaluate_every": 1, "best_kl_budget": 1e6}
     judges = {"mine": {"kind": "function", "function": function}}
     values["evaluation"] |= {"judges": judges, "gold": function, "group_by": "kind", "prompts": 20}
     values["evaluation"] |= {"policies": {"other": str(finished_run / "ppo/model")}, "best_of_prompts": 2, "best_of_samples": 8}

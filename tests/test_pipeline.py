@@ -304,7 +304,9 @@ class TestLock:
         assert holder.stdin is not None and holder.stdout is not None
         try:
             assert holder.stdout.readline() == b"held\n"
-            with pytest.raises(TercetError, match=rf"in use by process {holder.pid} on \S+: wait for it, or choose another output"):
+            with pytest.raises(
+                TercetError, match=rf"in use by process {holder.pid} on \S+: wait for it, or choose another output"
+            ):
                 run(settings)
         finally:
             holder.communicate(b"", timeout=20)

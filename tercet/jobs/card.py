@@ -103,7 +103,7 @@ def accuracy_figures(pairs: Sequence[Pair], held_out: Sequence[Comparison], seed
     figures["by_margin"] = [asdict(one) for one in margin_bins(differences)]
     sources = [str(held_out[pair["comparison"]].fields.get("source", "")) for pair in pairs]
     if any(sources):
-        named = sorted(set(sources), key=lambda name: -sources.count(name))[:MOST_SOURCES]
+        named = sorted(set(sources), key=lambda name: (-sources.count(name), name))[:MOST_SOURCES]
         figures["by_source"] = [
             _share(correct[[i for i, s in enumerate(sources) if s == name]]) | {"source": name} for name in named
         ]

@@ -171,6 +171,8 @@ def run_ppo(shop: Workshop) -> Figures:
     )
     shop.write_scorer(value_model, shop.folder / "ppo/value", "The value model of PPO, for a next round, by Tercet.")
     figures: Figures = {f"ppo.train_{name}": metrics[name] for name in ("score", "kl", "explained_variance") if name in metrics}
+    if config.best_kl_budget is not None:
+        figures["ppo.kl_budget"] = config.best_kl_budget
     best = shop.folder / "ppo/best.json"
     if best.exists():
         figures |= {f"ppo.best_{name}": value for name, value in json.loads(best.read_text(encoding="utf-8")).items()}

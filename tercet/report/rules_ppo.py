@@ -129,8 +129,14 @@ def _over_optimised(run: RunData) -> Iterable[Finding]:
         yield from fault("over_optimised", -high, text, signed(lost))
 
 
+def _before_and_after(run: RunData, name: str) -> tuple[float | None, float | None]:
+    """SFT's and PPO's figure as evaluated; where PPO did not come so far, that of its first iteration, which SFT sampled, and its last."""
+    sft, ppo, trained = run.value(f"sft.{name}"), run.value(f"ppo.{name}"), run.finite("ppo", name)
+    return (trained[0], trained[-1]) if ppo is None and len(trained) > 1 else (sft, ppo)
+
+
 def _stops(run: RunData) -> Iterable[Finding]:
-    sft, ppo = run.value("sft.finished"), run.value("ppo.finished")
+    sft, ppo = _before_and_after(run, "finished")
     if sft is not None and ppo is not None:
         text = f"{percent(sft)} of SFT's responses end by a stop token, and {percent(ppo)} of PPO's."
         yield from fault("finished_fell", sft - ppo, text, percent(ppo))
@@ -147,7 +153,7 @@ def _entropy(run: RunData) -> Iterable[Finding]:
 
 
 def _diversity(run: RunData) -> Iterable[Finding]:
-    sft, ppo = run.value("sft.distinct2"), run.value("ppo.distinct2")
+    sft, ppo = _before_and_after(run, "distinct2")
     if sft and ppo is not None:
         text = f"Distinct bigrams fell from {short(sft)} to {short(ppo)}, {percent(ppo / sft)} of SFT's."
         yield from fault("distinct_fell", ppo / sft, text, percent(ppo / sft))
@@ -187,7 +193,7 @@ def _clipping(run: RunData) -> Iterable[Finding]:
 
 
 def _length(run: RunData) -> Iterable[Finding]:
-    sft, ppo = run.value("sft.length"), run.value("ppo.length")
+    sft, ppo = _before_and_after(run, "length")
     if sft and ppo is not None:
         text = f"The mean response went from {short(sft)} to {short(ppo)} tokens."
         for rule in ("length_grew", "length_shrank"):

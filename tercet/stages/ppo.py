@@ -91,7 +91,6 @@ def train_ppo(
                 )
             if trainables.policy_learning_rate is not None:  # a policy that stands still says nothing about the coefficient
                 controller.update(rollout.metrics["kl"], config.rollout_batch_size)
-
             metrics = {"iteration": iteration + 1, **rollout.metrics, **progress.metrics()}
             metrics["learning_rate"] = trainables.policy_learning_rate or 0.0
             last = iteration + 1 == config.iterations

@@ -250,7 +250,7 @@ def test_c_ppo_nears_the_optimum(tmp_path: Path) -> None:
     """The quick cell of the table below: most of the way in a few iterations."""
     oracle, actors = world(0)
     options = {"rollout_batch_size": 128, "ppo_epochs": 2, "learning_rate": 3e-3, "value_clip_range": None}
-    assert train(oracle, actors, tmp_path, 1.0, 40, 0, **options)["closed"] > 0.7
+    assert train(oracle, actors, tmp_path, 1.0, 60, 0, **options)["closed"] > 0.7
 
 
 CELLS = [

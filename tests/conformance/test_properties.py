@@ -99,4 +99,3 @@ def test_masks_are_right_and_losses_finite(
     assert all(math.isfinite(value) for value in progress.metrics().values())
     for model in (actors.policy, actors.value_model):
         assert all(bool(value.isfinite().all()) for value in tiny.weights(model).values())
-

@@ -131,8 +131,8 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     ),
     "a reward for saying little": (
         "ppo",
-        lambda clinic: rewarded(clinic, "short", kl={"coef": 0.05}, iterations=18),
-        {"length_shrank", "win_rate_low"},
+        lambda clinic: rewarded(clinic, "short", kl={"coef": 0.05}, iterations=18),  # it may stop when all responses are empty
+        {"length_shrank"},
     ),
     "a reward for one word": ("ppo", lambda clinic: rewarded(clinic, "the"), {"win_rate_low", "over_optimised", "distinct_fell"}),
 }

@@ -112,7 +112,7 @@ def test_two_processes_on_one_folder(undisturbed: Undisturbed, tmp_path: Path) -
         assert not first.ended_within(0.01), first.output()
     status, output = tercet("run", config, log=tmp_path / "1.log")
     assert status == 2 and f"is in use by process {first.pid} on {socket.gethostname()}" in output
-    status, output = tercet("ppo", config, "--from", "ppo", log=tmp_path / "2.log")
+    status, output = tercet("run", config, "--from", "pretrain", log=tmp_path / "2.log")
     assert status == 2 and "is in use by process" in output
     assert first.wait() == 0, first.output()
     assert differences(contents(tmp_path / "a/run"), undisturbed.files) == []

@@ -29,7 +29,7 @@ def disturb(config: Path, number: int, rng: random.Random, undisturbed: Undistur
     struck: Counter[str] = Counter()
     for time in range(times):
         process = Process("run", config, log=config.parent / f"{time}.log")
-        if process.ended_within(rng.uniform(0.05, 0.7) * undisturbed.seconds):
+        if process.ended_before(rng.uniform(0.02, 0.7) * undisturbed.cpu_seconds):
             assert process.wait() == 0, process.output()[-2000:]
             break
         struck[stage_of(config.parent / "run")] += 1

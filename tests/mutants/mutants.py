@@ -544,7 +544,11 @@ PPO: list[Row] = [
     ("the generator keeps its first weights", "actors.generator.sync(version=iteration)", "actors.generator.version = iteration"),
     ("a policy that is not the reference passes", "1e-5) and not second_round:", "1e-5) and second_round:"),
     ("the size of the logits is forgotten", "32 * torch.finfo(dtype).eps * largest_logit", "0.0"),
-    ("float32 may differ as much as bfloat16", "torch.float32: max(1e-5, rounding)}.get(dtype, 0.5)", "torch.float32: 0.5}.get(dtype, 0.5)"),
+    (
+        "float32 may differ as much as bfloat16",
+        "torch.float32: max(1e-5, rounding)}.get(dtype, 0.5)",
+        "torch.float32: 0.5}.get(dtype, 0.5)",
+    ),
     ("the first minibatch is not looked at", "if (progress.steps, progress.skipped) != (1, 0):", "if progress.steps:"),
 ]
 

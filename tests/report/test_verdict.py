@@ -206,6 +206,14 @@ def test_the_point_where_a_judge_turns_down_is_named() -> None:
     assert [f.text.count("gold") for f in verdict(both_turn) if f.rule == "over_optimised"] == [1], "the truth is asked first"
 
 
+def test_a_ppo_that_stopped_before_the_evaluation_is_judged_by_its_own_iterations() -> None:
+    found = {
+        f.rule: f.figure for f in verdict(drawn(length=[20.0, 19.0, 2.0], finished=[0.9, 0.9, 0.4], distinct2=[0.5, 0.5, 0.1]))
+    }
+    assert found == {"length_shrank": "0.1 ×", "finished_fell": "40\u202f%", "distinct_fell": "20\u202f%"}
+    assert [f.rule for f in verdict(drawn(length=[20.0]))] == ["healthy"]
+
+
 def test_broken_contents_of_files_say_nothing() -> None:
     for path in (
         {"turns": 3},

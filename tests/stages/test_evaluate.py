@@ -81,7 +81,8 @@ def test_kl_and_entropy_against_a_slow_loop() -> None:
 def test_surprisal_against_a_slow_loop() -> None:
     """At temperature 1 whatever the sampling temperature, without the stop token that ended the response."""
     rows, base = answers(tiny.policy_of(2), temperature=0.7), tiny.policy_of(5)
-    found = surprisal(base, tiny.prompts_of(PROMPTS), rows[::-1], SAMPLING)[::-1]
+    cooler = Sampling(**({**vars(SAMPLING)} | {"temperature": 0.7}))
+    found = surprisal(base, tiny.prompts_of(PROMPTS), rows[::-1], cooler)[::-1]
     assert {row["finished"] for row in rows} == {True, False}
     for row, (nats, count) in zip(rows, found):
         text, wanted = row["ids"][: len(row["ids"]) - row["finished"]], 0.0
@@ -113,6 +114,10 @@ def test_many_draws_of_a_prompt_are_different_and_do_not_depend_on_how_many() ->
     scores = [row["score"] for row in many if row["place"] == 1]
     assert len(scores) == 30 and len(set(scores)) > 5
     assert set(many[0]) == {"draw", "place", "length", "finished", "score", "gold"}
+    # Places 1 and 4 hold the same prompt: neither has the other's random numbers a few draws later, nor those of the evaluation.
+    of_four = [row["score"] for row in many if row["place"] == 4]
+    assert all(scores[shift:] != of_four[: len(of_four) - shift] for shift in range(20))
+    assert [row["score"] for row in draws(1, list(range(15)))] != [row["score"] for row in answers(tiny.policy_of(2))]
 
 
 def test_draws_have_the_distribution_of_the_policy() -> None:
