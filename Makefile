@@ -35,6 +35,13 @@ slow: install
 full: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full
 
+# Both write their section of docs/conformance.md. Half a minute, and a quarter of an hour.
+conformance: install
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m conformance.write_table
+
+mutants: install
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m mutants.run
+
 # Speed and memory beside TRL 1.12.0, in an environment of its own. On an idle machine; about half an hour on two cores.
 .trl/installed:
 	$(PYTHON) -m venv .trl

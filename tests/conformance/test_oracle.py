@@ -219,7 +219,7 @@ def train(
         kl={"coef": kl_coef},
         **{"rollout_batch_size": 256, "learning_rate": 3e-3, "value_learning_rate": 5e-3, **options},
     )
-    began = time.perf_counter()
+    began = time.process_time()
     metrics = train_ppo(tiny.run_of(folder), config, actors, tiny.prompts_of(), seed=seed, evaluate=evaluate)
     with torch.no_grad():
         logprobs = oracle.logprobs(model)
@@ -227,17 +227,17 @@ def train(
     to_best = float((logprobs.exp() * (logprobs - log_best)).sum(1).mean())
     assert best - end == pytest.approx(kl_coef * to_best, rel=1e-9, abs=1e-12)
     closed = (end - start) / (best - start)
-    seconds = time.perf_counter() - began
-    print(f"kl_coef {kl_coef:g} seed {seed}: {closed:.4f} closed, KL(pi, pi*) {to_best:.4f}, {seconds:.0f} s")
+    seconds = time.process_time() - began
+    print(f"kl_coef {kl_coef:g} seed {seed}: {closed:.4f} closed, KL(pi, pi*) {to_best:.4f}, {seconds:.0f} s of one core")
     return {"closed": closed, "exact_kl": oracle.kl(model), "seconds": seconds, **metrics}
 
 
-# Small steps in many directions at once. A step limit of 2 %, reached within eight epochs, lets tokens late in a response learn as
+# Small steps in many directions at once. A step limit of 2 %, reached within ten epochs, lets tokens late in a response learn as
 # fast as the first one, which would else be decided before it is known what can follow it.
 SETTINGS = {
     "rollout_batch_size": 512,
-    "ppo_epochs": 8,
-    "learning_rate": 2e-3,
+    "ppo_epochs": 10,
+    "learning_rate": 3e-3,
     "value_learning_rate": 3e-3,
     "clip_range": 0.02,
     "gae_lambda": 1.0,
@@ -254,7 +254,7 @@ def test_c_ppo_nears_the_optimum(tmp_path: Path) -> None:
 
 
 CELLS = [
-    pytest.param(kl_coef, wanted, seed, marks=pytest.mark.slow if seed == 0 else pytest.mark.full)
+    pytest.param(kl_coef, wanted, seed, marks=pytest.mark.full)
     for kl_coef, wanted in ((1.0, 0.97), (0.2, 0.97), (0.05, 0.95))
     for seed in range(3)
 ]
@@ -265,7 +265,7 @@ CELLS = [
 def test_c_ppo_closes_the_gap_to_the_optimum(tmp_path: Path, kl_coef: float, wanted: float, seed: int) -> None:
     """Of J* - J(pi_ref), the share that PPO closes from pi_ref."""
     oracle, actors = world(seed)
-    assert train(oracle, actors, tmp_path, kl_coef, 160, seed, **SETTINGS)["closed"] >= wanted
+    assert train(oracle, actors, tmp_path, kl_coef, 120, seed, **SETTINGS)["closed"] >= wanted
 
 
 def test_d_a_huge_coefficient_keeps_the_policy_at_the_reference(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def learn_values(actors: Actors, folder: Path, iterations: int) -> None:
     assert tiny.largest_gap(before, tiny.weights(actors.policy)) == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_e_the_value_model_of_a_frozen_policy_converges_to_the_exact_expected_return(tmp_path: Path) -> None:
     """The policy is away from the reference, so that the KL penalty is part of the return. Every prefix counts the same."""
