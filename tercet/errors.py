@@ -4,3 +4,7 @@
 class TercetError(Exception):
     """A mistake in what the user gave (data, configuration, model, run folder). Its message says what was found, where, what was
     expected and the way out; the command line prints it without a traceback and exits with status 2."""
+
+
+class OtherFormat(TercetError):
+    """A checkpoint that another version of Tercet wrote: refused before anything in the run folder is touched."""

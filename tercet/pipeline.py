@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.config import Config, parse_yaml, to_yaml
-from tercet.errors import TercetError
+from tercet.errors import OtherFormat, TercetError
 from tercet.fingerprint import STAGES, differences, digest, fingerprints, functions_of
 
 FOLDERS = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "ppo": "ppo", "evaluate": "evaluation"}
@@ -79,6 +79,8 @@ class Pipeline:
             if to_do:
                 try:
                     self._execute(to_do, redo)
+                except OtherFormat:
+                    raise
                 except TercetError:
                     self._explain_breakdown(stages)
                     raise
@@ -103,7 +105,7 @@ class Pipeline:
 
         machine = self.config.machine
         figures: dict[str, Any] = {"seed": self.config.seed, "dtype": machine.dtype, "threads": machine.threads, "seconds": 0.0}
-        figures |= {"python": platform.python_version(), "machine": platform.platform(terse=True)}
+        figures |= {"python": platform.python_version(), "machine": _machine()}
         figures |= {f"versions.{name}": _version(name) for name in ("tercet", "torch", "transformers")}
         for stage in self.stages():
             done = _read_json(self._done_path(stage))
@@ -297,6 +299,11 @@ _HEADLINES = ("pretrain.eval_loss", "sft.eval_loss", "reward.eval_accuracy", "pp
 
 def _redo_mark(redo: Sequence[str], prints: Mapping[str, Any]) -> dict[str, Any]:
     return {stage: digest(prints[stage]) for stage in redo}
+
+
+def _machine() -> str:
+    """Without `platform.platform`, which starts another program to ask for the processor."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
 def _version(package: str) -> str:

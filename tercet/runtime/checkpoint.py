@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tercet.errors import TercetError
+from tercet.errors import OtherFormat
 from tercet.runtime.files import sync
 
 FORMAT = 2  # 2: the random states of every rank
@@ -103,7 +103,7 @@ class Checkpoints:
                 raise ValueError(f"{name} does not match its checksum")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
-            raise TercetError(
+            raise OtherFormat(
                 f"{path} has checkpoint format {state['format']}, this version of Tercet reads {FORMAT}: "
                 "finish the run with the version that began it, or start the stage anew with --from"
             )

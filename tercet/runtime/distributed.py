@@ -6,6 +6,7 @@ sums over rows, so they are added over ranks and the result does not depend on h
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -30,6 +31,7 @@ class World:
         if not dist.is_initialized():
             on_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
             dist.init_process_group("nccl" if on_cuda else "gloo")
+            atexit.register(_leave)
         return World(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -85,6 +87,12 @@ class World:
     def prepare(self, module: nn.Module) -> nn.Module:
         """The seam at which a sharded engine will wrap a role; ranks that each hold the whole model need no wrapping."""
         return module
+
+
+def _leave() -> None:
+    """Its threads must have ended before the interpreter does, or the process may abort instead of exiting with its status."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

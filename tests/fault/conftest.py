@@ -1,45 +1,82 @@
-"""The undisturbed run that every disturbed one must equal."""
+"""The undisturbed run that every disturbed one must equal, as a whole and stage by stage."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault.harness import Fault, contents, tercet, write_configuration
+from fault.harness import FOLDERS, Fault, contents, tercet, write_configuration
+
+Stages = Callable[[str], "Undisturbed"]
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A finished run: its configuration, its files, its changes to the run folder one by one, the processor time it took."""
+    """What a command does that nothing disturbs: the folder it starts from (configuration, data, run folder so far), the files of the
+    run folder at its end, the changes on the way one by one, and the processor time."""
 
-    config: Path
+    command: str
+    before: Path
     files: dict[str, Any]
     changes: list[str]
     cpu_seconds: float
 
     def copy(self, folder: Path) -> Path:
-        """The same configuration and data in a new folder, with its output there."""
-        shutil.copytree(self.config.parent, folder, ignore=shutil.ignore_patterns("run", "*.log", "record"))
-        file = folder / "tercet.yaml"
-        file.write_text(file.read_text().replace(str(self.config.parent), str(folder)))
-        return file
+        """The same start in a new folder; gives its configuration, whose output is FOLDER/run."""
+        shutil.copytree(self.before, folder)
+        config = folder / "tercet.yaml"
+        config.write_text(config.read_text().replace(str(self.before), str(folder)))
+        return config
+
+
+def observe(command: str, before: Path, folder: Path) -> Undisturbed:
+    """Let the command run in a copy, with its changes written down; then without."""
+    found, seconds = [], 0.0
+    for place, fault in (
+        ("watched", Fault("count", folder=str(folder / "watched/run"), record=str(folder / "record"))),
+        ("left", None),
+    ):
+        config = Undisturbed(command, before, {}, [], 0.0).copy(folder / place)
+        status, output = tercet(command, config, log=folder / f"{place}.log", fault=fault)
+        assert status == 0, output
+        found.append(contents(folder / place / "run"))
+        seconds = float((folder / f"{place}.log.cpu").read_text())
+    assert found[0] == found[1], "the run itself is not repeatable"
+    return Undisturbed(command, before, found[0], (folder / "record").read_text().splitlines(), seconds)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The whole run, from nothing."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_configuration(folder)
-    fault = Fault("count", folder=str(folder / "run"), record=str(folder / "record"))
-    status, output = tercet("run", config, log=folder / "first.log", fault=fault)
-    assert status == 0, output
-    files = contents(folder / "run")
-    shutil.rmtree(folder / "run")
-    status, output = tercet("run", config, log=folder / "second.log")
-    assert status == 0, output
-    assert contents(folder / "run") == files, "the run itself is not repeatable"
-    cpu_seconds = float((folder / "second.log.cpu").read_text())
-    yield Undisturbed(config, files, (folder / "record").read_text().splitlines(), cpu_seconds)
+    (folder / "before").mkdir()
+    write_configuration(folder / "before")
+    return observe("run", folder / "before", folder)
+
+
+@pytest.fixture(scope="session")
+def stages(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    """stages("ppo"): that stage alone, from a run folder with those before it; "evaluate": the rest of the run, with its report."""
+    finished = undisturbed.before.parent / "watched"
+
+    @cache
+    def stage(name: str) -> Undisturbed:
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(undisturbed.before, folder / "before")
+        config = folder / "before/tercet.yaml"
+        config.write_text(config.read_text().replace(str(undisturbed.before), str(folder / "before")))
+        (folder / "before/run").mkdir()
+        shutil.copy(finished / "run/config.yaml", folder / "before/run")
+        for earlier in list(FOLDERS)[: list(FOLDERS).index(name)]:
+            shutil.copytree(finished / "run" / FOLDERS[earlier], folder / "before/run" / FOLDERS[earlier])
+        seen = observe("run" if name == "evaluate" else name, folder / "before", folder)
+        same = [file for file, content in seen.files.items() if file != "summary.json" and content != undisturbed.files[file]]
+        assert same == [], "a stage alone gives what it gives in the whole run"
+        return seen
+
+    return stage

@@ -25,6 +25,7 @@ import yaml
 from conftest import questions, tiny_config, write_jsonl, write_tiny_data
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "ppo": "ppo", "evaluate": "evaluation"}
 STAGES = ("pretrain", "sft", "reward", "judge", "ppo", "evaluate", "report")
 IMPORTED = ["tercet.jobs.training", "tercet.jobs.evaluation", "tercet.report", "tercet.table", "transformers.models.gpt2"]
 IMPORTED += ["transformers.models.gpt2.modeling_gpt2", "matplotlib.backends.backend_svg"]
@@ -121,6 +122,7 @@ def _tercet(arguments: list[str], log: str, fault: Fault | None, package: str, u
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    seconds = os.open(f"{log}.cpu", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # now, because another user may not be allowed to
     if user is not None:
         os.setuid(user)
     if fault is not None:
@@ -129,7 +131,7 @@ def _tercet(arguments: list[str], log: str, fault: Fault | None, package: str, u
     try:
         cli.main()
     finally:
-        Path(f"{log}.cpu").write_text(str(time.process_time()))
+        os.write(seconds, str(time.process_time()).encode())
 
 
 class Process:
@@ -245,7 +247,7 @@ def torn(folder: Path) -> list[str]:
 
 def stage_of(folder: Path) -> str:
     """The stage that a run was in when it died."""
-    done = [(folder / name / "done.json").exists() for name in ("pretrain", "sft", "reward", "ppo", "evaluation")]
+    done = [(folder / name / "done.json").exists() for name in FOLDERS.values()]
     if not (folder / "config.yaml").exists():
         return "start"
     stage = (*STAGES[:3], "ppo", "evaluate", "report")[done.index(False) if False in done else -1]

@@ -49,11 +49,14 @@ def soak(folder: Path, iterations: int) -> list[Reading]:
     return readings[1:]
 
 
-def over(readings: list[Reading], first: int, last: int) -> tuple[float, float, int]:
-    """Median memory in MB, CPU seconds an iteration, and most open files between two iterations."""
+def over(readings: list[Reading], first: int, last: int) -> tuple[float, float, float]:
+    """Median memory in MB, CPU seconds an iteration, and median of open files between two iterations.
+
+    The median, because a reading may fall into the moment in which a file is written.
+    """
     part = [reading for reading in readings if first <= reading.iteration <= last]
     seconds = (part[-1].cpu_seconds - part[0].cpu_seconds) / (part[-1].iteration - part[0].iteration)
-    return median(reading.rss_mb for reading in part), seconds, max(reading.files for reading in part)
+    return median(reading.rss_mb for reading in part), seconds, median(reading.files for reading in part)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
