@@ -403,7 +403,7 @@ def test_temperature_logprob() -> None:
     logprobs, entropy = logits_logprobs(logits.expand(4, -1), torch.arange(4), temperature, with_entropy=True)
     check(logprobs, out["logprobs_T"])
     check(entropy, [out["entropy_T"]] * 4)
-    chunked, _ = token_logprobs(logits[None], token, torch.nn.Identity(), temperature=temperature)
+    chunked, _ = token_logprobs(logits[None], token, torch.eye(len(logits)).to(logits), temperature=temperature)
     check(chunked[0], out["token_logprob_T"])
     plain, _ = logits_logprobs(logits[None], token, 1.0)
     check((plain - chunked).exp()[0], out["ratio_error_if_mixed"])

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from tercet.algo.masks import position_ids
 from tercet.generation.cache import cache_for
 from tercet.generation.sampling import inverse_cdf
+from tercet.models.kernels import packed_weights
 from tercet.models.roles import Policy
 from tercet.types import Sequences, TercetError, TokenRow
 
@@ -65,21 +66,22 @@ class NativeGenerator:
         logprobs = torch.zeros(len(prompts), steps, dtype=wide, device=device)
         lengths = torch.zeros_like(rows)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for step in range(steps if prompts else 0):  # a rank of many may have no rows
-            logits = self._next_logits(inputs, mask[:, : width + step], positions, cache)
-            uniform = None if uniforms is None else uniforms[rows.cpu(), step]
-            tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
-            responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
-            ended = self._ended(tokens, responses, rows, step)
-            finished[rows[ended]] = True
-            if ended.any():
-                if ended.all():
-                    break
-                kept = _close_ranks(ended)
-                rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
-                cache.batch_select_indices(kept)
-            inputs = tokens[:, None]
-            positions = positions[:, -1:] + 1
+        with packed_weights(self._policy.model, len(prompts)):
+            for step in range(steps if prompts else 0):  # a rank of many may have no rows
+                logits = self._next_logits(inputs, mask[:, : width + step], positions, cache)
+                uniform = None if uniforms is None else uniforms[rows.cpu(), step]
+                tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
+                responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
+                ended = self._ended(tokens, responses, rows, step)
+                finished[rows[ended]] = True
+                if ended.any():
+                    if ended.all():
+                        break
+                    kept = _close_ranks(ended)
+                    rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
+                    cache.batch_select_indices(kept)
+                inputs = tokens[:, None]
+                positions = positions[:, -1:] + 1
         if not bool(logprobs.isfinite().all()):
             raise TercetError(
                 "the policy gave numbers that are not finite while it was sampled; the last checkpoint is kept. Lower "

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
-from tercet.models.kernels import fuse_activations, split_bias, use_float32_attention
+from tercet.models.kernels import fuse_activations, use_fast_products, use_float32_attention
 from tercet.models.load import embedding_rows
 from tercet.types import Sequences, TercetError
 
@@ -36,7 +36,7 @@ class _Role(nn.Module):
         fuse_activations(self.model)
         if compute_dtype is torch.bfloat16 and self.model.device.type == "cpu":
             use_float32_attention(self.model)
-            split_bias(self.model)
+            use_fast_products(self.model.base_model)
 
     @property
     def device(self) -> torch.device:
@@ -124,13 +124,14 @@ class Policy(_Role):
                 logprobs, entropy = logits_logprobs(picked, targets[mask], temperature=temperature, with_entropy=with_entropy)
             else:
                 picked = response_states(self.hidden(sequences), sequences.prompt_lens, mask.shape[1])[mask]
+                weight, bias = self.head.weight, self.head.bias
                 logprobs, entropy = token_logprobs(
-                    picked, targets[mask], self.head, temperature=temperature, with_entropy=with_entropy
+                    picked, targets[mask], weight, bias, temperature=temperature, with_entropy=with_entropy
                 )
         return _spread(logprobs, mask), None if entropy is None else _spread(entropy, mask)
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """The output layer: states (N, D) to logits (N, V)."""
         return self.model.get_output_embeddings()
 
@@ -205,7 +206,7 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 def _head_is_plain(model: PreTrainedModel) -> bool:
     """Whether head(hidden) gives the model's own logits; not so where a model scales or caps them (Gemma-2, Cohere, Granite)."""
     head = model.get_output_embeddings()
-    if head is None:
+    if not isinstance(head, nn.Linear):
         return False
     probe = torch.arange(4, device=model.device)[None] % embedding_rows(model)
     # A cap does not show in the small logits of a young model: make them large while we look.

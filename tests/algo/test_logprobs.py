@@ -8,22 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tercet.algo import logprobs as module
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-class Head(nn.Module):
-    """An output layer that is not torch's own."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return rows @ self.weight.T
 
 
 # response_states, last_states
@@ -60,7 +50,7 @@ def test_model_that_copies_the_next_token_has_logprob_0() -> None:
     hidden = 1e3 * torch.nn.functional.one_hot(following, vocabulary).double()
     states = response_states(hidden, prompt_lens, 3)
     targets = torch.stack([ids[i, n : n + 3] for i, n in enumerate(prompt_lens.tolist())])
-    logprobs, _ = token_logprobs(states.flatten(0, 1), targets.flatten(), nn.Identity())
+    logprobs, _ = token_logprobs(states.flatten(0, 1), targets.flatten(), torch.eye(vocabulary, dtype=torch.float64))
     assert logprobs.tolist() == [0.0] * 6
 
 
@@ -121,46 +111,60 @@ def test_temperature_must_be_positive(temperature: float) -> None:
 # token_logprobs
 
 
+@pytest.mark.parametrize("narrowest", [1, 4, 4096])
 @pytest.mark.parametrize("chunk_elements", [1, 11, 33, 34, 10_000])
-def test_chunks_change_nothing(chunk_elements: int) -> None:
-    """Values and gradients of states and head are those of one pass, whatever the chunk."""
-    head, targets = Head(normal(11, 3, seed=1)), torch.arange(8)
-    weight, states = head.weight, normal(8, 3).requires_grad_()
-    coefficients = normal(8, seed=2)
-    whole, entropy = logits_logprobs(states @ weight.T, targets, 0.7, with_entropy=True)
-    expected = torch.autograd.grad((whole * coefficients).sum(), [states, weight])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunks_change_nothing(chunk_elements: int, narrowest: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of states and head are those of one pass, however tokens and vocabulary are cut."""
+    monkeypatch.setattr(module, "_NARROWEST", narrowest)
+    head, targets = [normal(11, 3, seed=1).requires_grad_()], torch.arange(8)
+    head += [normal(11, seed=5).requires_grad_()] if with_bias else []
+    states, coefficients = normal(8, 3).requires_grad_(), normal(8, seed=2)
+    logits = states @ head[0].T + (head[1] if with_bias else 0.0)
+    whole, entropy = logits_logprobs(logits, targets, 0.7, with_entropy=True)
+    expected = torch.autograd.grad((whole * coefficients).sum(), [states, *head])
     logprobs, chunked_entropy = token_logprobs(
-        states, targets, head, temperature=0.7, with_entropy=True, chunk_elements=chunk_elements
+        states, targets, *head, temperature=0.7, with_entropy=True, chunk_elements=chunk_elements
     )
-    assert entropy is not None and chunked_entropy is not None
+    assert entropy is not None and chunked_entropy is not None and not chunked_entropy.requires_grad
     assert torch.allclose(logprobs, whole, rtol=1e-12) and torch.allclose(chunked_entropy, entropy, rtol=1e-12)
-    gradients = torch.autograd.grad((logprobs * coefficients).sum(), [states, weight])
+    gradients = torch.autograd.grad((logprobs * coefficients).sum(), [states, *head])
     for actual, wanted in zip(gradients, expected, strict=True):
         assert torch.allclose(actual, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_never_more_logits_than_a_chunk_alive() -> None:
+@pytest.mark.parametrize("elements", [7, 10_000])
+def test_large_and_impossible_logits(elements: int) -> None:
+    """The highest logit in the first or in the last chunk, a token that cannot come, and one that alone can."""
+    bias = torch.tensor([[1e4, 0.0, -1e4, 5.0], [-1e4, -math.inf, 3.0, 1e4]], dtype=torch.float64)
+    for row in bias:
+        states, targets = torch.zeros(3, 2, dtype=torch.float64), torch.tensor([0, 2, 3])
+        weight = torch.zeros(4, 2, dtype=torch.float64)
+        found = token_logprobs(states, targets, weight, row, with_entropy=True, chunk_elements=elements)
+        for one, wanted in zip(found, logits_logprobs(row.expand(3, -1), targets, with_entropy=True)):
+            assert one is not None and wanted is not None and torch.allclose(one, wanted, rtol=1e-12)
+
+
+def test_never_more_logits_than_a_chunk_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """No chunk's logits outlive it in the forward pass, nor in the backward pass, and no chunk is too large."""
-    weight, states = normal(10, 4, dtype=torch.float32), normal(12, 4, dtype=torch.float32)
     alive: list[weakref.ref[Tensor]] = []
-    sizes, most_alive = [], 0
+    sizes, most_alive, compute = [], 0, module._Head.logits
 
-    class Watched(Head):
-        def forward(self, rows: Tensor) -> Tensor:
-            nonlocal most_alive
-            logits = super().forward(rows)
-            gc.collect()
-            alive.append(weakref.ref(logits.untyped_storage()))
-            sizes.append(logits.numel())
-            most_alive = max(most_alive, sum(reference() is not None for reference in alive))
-            return logits
+    def watched(self: module._Head, states: Tensor, span: slice) -> Tensor:
+        nonlocal most_alive
+        logits = compute(self, states, span)
+        gc.collect()
+        alive.append(weakref.ref(logits.untyped_storage()))
+        sizes.append(logits.numel())
+        most_alive = max(most_alive, sum(reference() is not None for reference in alive))
+        return logits
 
-    logprobs, _ = token_logprobs(states, torch.zeros(12, dtype=torch.long), Watched(weight), with_entropy=True, chunk_elements=30)
-    calls_forward = len(sizes)
+    monkeypatch.setattr(module._Head, "logits", watched)
+    weight, states = normal(10, 4, dtype=torch.float32).requires_grad_(), normal(12, 4, dtype=torch.float32)
+    logprobs, _ = token_logprobs(states, torch.zeros(12, dtype=torch.long), weight, with_entropy=True, chunk_elements=30)
+    assert sizes == [3 * 10] * 4, "as many tokens as have room with the whole of so small a vocabulary"
     logprobs.sum().backward()
-    assert max(sizes) <= 30
-    assert calls_forward == 1 + 4, "one row to learn the vocabulary's size, and 4 chunks of 3 rows"
-    assert len(sizes) == calls_forward + 4, "each chunk is recomputed once in the backward pass"
+    assert sizes == [3 * 10] * 8, "each chunk is recomputed once in the backward pass"
     assert most_alive <= 2
 
 
@@ -168,26 +172,32 @@ def test_a_frozen_part_of_the_head_gets_no_gradient() -> None:
     head = nn.Linear(3, 7).double()
     head.bias.requires_grad_(False)
     states = normal(4, 3).requires_grad_()
-    logprobs, _ = token_logprobs(states, torch.arange(4), head, chunk_elements=14)
+    logprobs, _ = token_logprobs(states, torch.arange(4), head.weight, head.bias, chunk_elements=14)
     logprobs.sum().backward()
-    direct = logits_logprobs(
-        nn.functional.linear(states.detach(), head.weight.detach().requires_grad_(), head.bias), torch.arange(4)
-    )[0]
+    direct = logits_logprobs(head(states.detach()), torch.arange(4))[0]
     assert torch.allclose(logprobs, direct) and head.bias.grad is None and head.weight.grad is not None
+
+
+def test_autocast_rounds_as_one_pass_does() -> None:
+    states, weight, targets = normal(40, 16, dtype=torch.float32), normal(50, 16, seed=1, dtype=torch.float32), torch.arange(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, _ = token_logprobs(states, targets, weight)
+        parts, _ = token_logprobs(states.requires_grad_(), targets, weight, chunk_elements=100)
+    assert parts.dtype is whole.dtype is torch.float32
+    assert torch.allclose(parts, whole, atol=1e-5)
+    parts.sum().backward()
+    assert states.grad is not None and states.grad.dtype is torch.float32
 
 
 def test_no_tokens() -> None:
     states = normal(0, 3).requires_grad_()
-    weight = normal(5, 3)
     empty = torch.zeros(0, dtype=torch.long)
-    logprobs, entropy = token_logprobs(states, empty, Head(weight), with_entropy=True)
+    logprobs, entropy = token_logprobs(states, empty, normal(5, 3), with_entropy=True)
     assert entropy is not None and logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
 
 
-def test_without_gradient_nothing_is_recomputed() -> None:
-    head, calls = Head(normal(5, 3)), []
-    head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    with torch.no_grad():
-        logprobs, entropy = token_logprobs(normal(4, 3), torch.arange(4), head, chunk_elements=10)
-    assert entropy is None and not logprobs.requires_grad and calls == [1, 2, 2]
+@pytest.mark.parametrize("chunk_elements", [1, 10_000])
+def test_temperature_must_be_positive_in_chunks_too(chunk_elements: int) -> None:
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        token_logprobs(normal(4, 3), torch.arange(4), normal(5, 3), temperature=0.0, chunk_elements=chunk_elements)

@@ -2,11 +2,14 @@
 
 import copy
 
+import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
-from tercet.models.kernels import fuse_activations, use_float32_attention
+from tercet.models.kernels import fuse_activations, packed_weights, use_fast_products, use_float32_attention
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -58,3 +61,65 @@ def test_under_autocast_it_is_closer_to_float32_than_bfloat16_attention_is():
             use_float32_attention(rounded)
             fine = (rounded(input_ids=ids).logits.float() - wanted).abs().mean()
     assert fine <= coarse * 1.05
+
+
+def layers() -> nn.Sequential:
+    """Both kinds of linear layer, wider and narrower than their inputs, with and without bias, in bfloat16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(40, 24), nn.Linear(40, 16, bias=False), nn.Linear(16, 48), Conv1D(8, 48))
+    for parameter in model.parameters():
+        parameter.data = (parameter.data + 0.1 * torch.randn(parameter.shape)).bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("rows", [(3, 7), (2, 700)])  # the second is multiplied in parts
+def test_fast_products_and_their_gradients_are_those_of_float64_up_to_rounding(rows: tuple[int, int]):
+    fast = layers()
+    exact = copy.deepcopy(fast).double()
+    use_fast_products(fast)
+    x = torch.randn(*rows, 24).bfloat16()
+    inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    slope = torch.randn(*rows, 8).bfloat16()
+    for model, given in zip((fast, exact), inputs):
+        model(given).backward(slope.to(given.dtype))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=0.02, atol=0.02)
+    for found, wanted in zip((inputs[0], *fast.parameters()), (inputs[1], *exact.parameters())):
+        assert found.grad is not None and wanted.grad is not None
+        assert found.grad.dtype is torch.bfloat16 and found.grad.stride() == found.stride()
+        error = (found.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert error < 0.01, error
+
+
+def test_layers_in_float32_keep_their_own_product():
+    plain = layers().float()
+    fast = copy.deepcopy(plain)
+    use_fast_products(fast)
+    x = torch.randn(5, 24)
+    assert torch.equal(fast(x), plain(x))
+
+
+def test_packed_weights_give_the_same_products_and_go_again():
+    plain = layers()
+    packed = copy.deepcopy(plain)
+    x = torch.randn(3, 1, 24).bfloat16()
+    with torch.no_grad(), packed_weights(packed, 3):
+        assert all("forward" in vars(layer) for layer in packed)
+        torch.testing.assert_close(packed(x), plain(x), rtol=0.02, atol=0.02)
+        assert packed(x[:2]).shape == (2, 1, 8)
+    assert not any("forward" in vars(layer) for layer in packed)
+    with torch.no_grad(), packed_weights(plain.float(), 3):
+        assert not any("forward" in vars(layer) for layer in plain), "float32 is left alone"
+
+
+def test_packed_weights_are_anew_after_a_step():
+    model, x = layers(), torch.randn(2, 24).bfloat16()
+    with torch.no_grad():
+        with packed_weights(model, 2):
+            before = model(x)
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        with packed_weights(model, 2):
+            after = model(x)
+        torch.testing.assert_close(after, model(x), rtol=0.02, atol=0.05)
+    assert not torch.allclose(after, before, rtol=0.1)

@@ -75,10 +75,20 @@ LOGPROBS: list[Row] = [
         "    with torch.enable_grad():\n        every",
     ),
     (
-        "every chunk gets the first targets",
-        "        for part, wanted in zip(torch.split(states, rows), torch.split(targets, rows)):",
-        "        for part in torch.split(states, rows):\n            wanted = targets[: len(part)]",
+        "every chunk of tokens gets the first targets",
+        "for part, wanted in zip(torch.split(states, height), torch.split(targets, height))",
+        "for part, wanted in zip(torch.split(states, height), [targets[:height]] * len(states))",
     ),
+    (
+        "a chunk's targets are a column off",
+        "return rows, targets[rows] - span.start",
+        "return rows, (targets[rows] - span.start - 1)",
+    ),
+    ("the sum so far is not rescaled", "total = shift.exp() * total + weights.sum(1)", "total = total + weights.sum(1)"),
+    ("the entropy's sum so far is not rescaled", "(moment + shift * total)", "moment"),
+    ("the chunks' gradient without the target", "slope[rows, columns] += gradient[rows]", "pass"),
+    ("the chunks' gradient without the temperature", "slope = slope.div_(self.temperature).to(dtype)", "slope = slope.to(dtype)"),
+    ("only the last tokens reach the head's weight", "for_weight[span] += slope.t()", "for_weight[span] = slope.t()"),
     ("raw logits in place of log-probabilities", "squeeze(-1) - log_z", "squeeze(-1) - 0 * log_z"),
 ]
 
@@ -463,7 +473,7 @@ ROLES: list[Row] = [
         "states = response_states(hidden, sequences.prompt_lens, mask.shape[1])[mask]",
         "states = response_states(hidden, sequences.prompt_lens + 1, mask.shape[1])[mask]",
     ),
-    ("the temperature is left out", "self.head, temperature=temperature, with_entropy", "self.head, with_entropy"),
+    ("the temperature is left out", "weight, bias, temperature=temperature, with_entropy", "weight, bias, with_entropy"),
     (
         "the temperature is left out where a model scales its logits",
         "targets[mask], temperature=temperature, with_entropy=with_entropy)\n            else",

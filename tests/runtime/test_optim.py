@@ -163,3 +163,45 @@ def test_float32_originals_are_restored_and_rounded_anew() -> None:
     assert torch.equal(restored.weights()["weight"], torch.tensor([1.001, 2.0]))
     assert other.weight.tolist() == [1.0, 2.0]
     assert other.masters["weight"].tolist() == pytest.approx([1.001, 2.0])
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer too, held in half precision on request."""
+
+    def __init__(self, tied: bool, half: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.masters: dict[str, torch.Tensor] = {}
+        if tied:
+            self.head.weight = self.embedding.weight
+        if half:
+            self.masters = {name: parameter.data for name, parameter in self.named_parameters()}
+            self.bfloat16()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(ids)).float().square().sum()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_large_embedding_learns_from_the_rows_looked_up_as_a_small_one_does(
+    tied: bool, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches a step, a row twice in one, three steps, with the large gradients' memory used again."""
+    found = []
+    for large in (False, True):
+        monkeypatch.setattr("tercet.runtime.optim._is_large", lambda parameter, large=large: large)
+        module = Tied(tied, half)
+        adam = optimizer(module, max_grad_norm=0.5)
+        norms = []
+        for ids in ([1, 1, 3], [2, 5], [6, 6, 6]):
+            module(torch.tensor(ids)).backward()
+            module(torch.tensor([0, 1])).backward()
+            norms.append(adam.step(0.1))
+        assert module.embedding.sparse is large
+        found.append((norms, adam.weights()))
+    (norms, weights), (large_norms, large_weights) = found
+    assert large_norms == pytest.approx(norms, rel=1e-2 if half else 1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(large_weights[name], weight, rtol=1e-2 if half else 1e-6, atol=1e-3 if half else 1e-6)
