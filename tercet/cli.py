@@ -101,12 +101,18 @@ def compare(
 
 
 @app.command()
-def doctor(config: ConfigFile, settings: Set) -> None:
-    """Everything that can be known to be wrong before hours are spent."""
+def doctor(
+    config: ConfigFile,
+    settings: Set,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="without the dry run, which takes the first steps of each stage")
+    ] = False,
+) -> None:
+    """Everything that can be known to be wrong before hours are spent; memory and time that each stage will take."""
     from tercet.config import load_config
     from tercet.doctor import examine
 
-    if not examine(load_config(config, settings)):
+    if not examine(load_config(config, settings), quick=quick):
         raise typer.Exit(2)
 
 

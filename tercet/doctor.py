@@ -1,185 +1,237 @@
-"""`tercet doctor`: what can be known to be wrong before hours are spent, from the data, the tokenizer and the model's sizes."""
+"""`tercet doctor`: what can be known to be wrong before hours are spent, and how much memory and time each stage will take.
+
+The checks are those of `tercet run` (jobs/preflight.py: mistakes, jobs/outlook.py: what deserves a warning); the dry run at the end
+takes a step or two of each stage on a few records, by the same code, in a temporary folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from statistics import median
-from typing import Literal
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from tercet.config import Config
-from tercet.data.records import AnyRecord, judge_split, read_comparisons, read_demonstrations, read_prompts, split
-from tercet.data.template import Template
+from tercet.config import Config, load_config
+from tercet.errors import TercetError
+from tercet.jobs.memory import GIB, Need
+from tercet.jobs.outlook import KINDS, Check, Lengths, measure, memory, outlook
+from tercet.jobs.workshop import Workshop
 from tercet.pipeline import Pipeline
-from tercet.types import Comparison, TercetError
+from tercet.runtime.machine import free_memory, measured_rate
+from tercet.runtime.progress import console
+from tercet.runtime.stage import Interrupt
+from tercet.types import Comparison, Demonstration, Text
 
-MANY_CUT = 0.1  # share of records cut at max_length above which training sees mostly beginnings
-LOPSIDED = 0.65  # share of pairs whose longer response is chosen (or rejected) above which length alone tells a lot
-FEW_COMPARISONS = 200
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at: "ok", "warning" (the run goes on) or "error" (it would fail)."""
-
-    level: Literal["ok", "warning", "error"]
-    text: str
+MOST_RECORDS = 64  # per step of the dry run
+DRY_RUN_S = 20.0  # of arithmetic, at the machine's measured rate, in one stage: larger models take fewer records
+TRAINING = ("pretrain", "sft", "reward", "ppo")
 
 
-def examine(config: Config) -> bool:
-    """Print every check; False if any is an error."""
+def examine(config: Config, *, quick: bool = False) -> bool:
+    """Print every check, and a table of memory and time by stage; False if any check is an error. quick: without the dry run."""
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
-    console, fine = Console(highlight=False), True
-    for check in checks(config):
-        console.print(f"[{colours[check.level]}]{check.level:>7}[/]  ", end="")
-        console.print(check.text, markup=False)
+    out, fine = Console(highlight=False), True
+    doctor = Doctor(config)
+    for check in doctor.checks(quick=quick):
+        out.print(f"[{colours[check.level]}]{check.level:>7}[/]  ", end="")
+        out.print(check.text, markup=False)
         fine &= check.level != "error"
+    if doctor.needs:
+        out.print(_table(doctor.needs, doctor.seconds))
     return fine
 
 
-def checks(config: Config) -> Iterator[Check]:
-    """All checks in the order of the stages; reading errors become checks, so that one run shows all of them."""
-    try:
-        stages = Pipeline(config).stages()
-    except TercetError as error:
-        yield Check("error", str(error))
-        return
-    yield Check("ok" if stages else "error", f"stages: {', '.join(stages) or 'none, because there is no data'}")
-    try:
-        template, positions = _template(config)
-    except TercetError as error:
-        yield Check("error", str(error))
-        return
-    if template is not None:
-        bos = "BOS is added at the start" if template.bos_id is not None else "no BOS is added"
-        yield Check(
-            "ok", f"template {template.kind}; EOS id {template.eos_id}, {bos}; responses end at ids {sorted(template.stop_ids)}"
-        )
-    for part in (_demonstrations, _comparisons, _prompts):
+class Doctor:
+    """One examination. `needs` and `seconds` are there when `checks` has come to its end: memory, and time as far as it was measured."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self.needs: list[Need] = []
+        self.seconds: dict[str, float] = {}
+
+    def checks(self, *, quick: bool = False) -> Iterator[Check]:
+        """Mistakes; if there are none, what deserves a look, then the dry run."""
         try:
-            yield from part(config, template, positions)
+            pipeline = Pipeline(self._config)
+            stages = pipeline.stages()
+            records, mistakes = pipeline.inspect(stages)
         except TercetError as error:
             yield Check("error", str(error))
+            return
+        yield from (Check("error", mistake) for mistake in mistakes)
+        if not stages:
+            yield Check("error", "there is nothing to do: set data.sft, data.comparisons or data.prompts")
+        if mistakes or not stages:
+            return
+        yield Check("ok", f"stages: {', '.join(stages)}")
+        with tempfile.TemporaryDirectory(prefix=".tercet-doctor-", dir=_place(pipeline.folder)) as name, _quiet():
+            folder = Path(name) / "run"
+            try:
+                shop = Pipeline(pipeline.config.model_copy(update={"output": str(folder)})).workshop(Interrupt())
+                yield from outlook(shop.config, stages, records, shop.template, shop.machine, shop.base)
+            except TercetError as error:
+                yield Check("error", str(error))
+                return
+            yield from self._dry_run(shop, stages, records, quick)
 
-
-def _template(config: Config) -> tuple[Template | None, int | None]:
-    """The template and the model's positions; neither exists yet for a model from scratch."""
-    if config.model.scratch is not None:
-        return None, None
-    from transformers import AutoConfig
-
-    from tercet.models.load import load_tokenizer, stop_token_ids
-
-    name, trust = str(config.model.name), config.model.trust_remote_code
-    tokenizer = load_tokenizer(name, trust_remote_code=trust)
-    template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_token_ids(name, tokenizer))
-    text_config = AutoConfig.from_pretrained(name, trust_remote_code=trust).get_text_config()
-    return template, getattr(text_config, "max_position_embeddings", None)
-
-
-def _demonstrations(config: Config, template: Template | None, positions: int | None) -> Iterator[Check]:
-    if config.data.sft is None:
-        return
-    records = read_demonstrations(config.data.sft)
-    yield from _counts("data.sft", records, config)
-    if template is not None:
-        encoded = [template.encode(r.prompt, r.response, max_length=config.sft.max_length, origin=r.origin) for r in records]
-        yield _cut_share("sft", sum(one.truncated for one in encoded), len(encoded), config.sft.max_length)
-        yield from _positions("sft.max_length", max(len(one.row.ids) for one in encoded), positions)
-
-
-def _comparisons(config: Config, template: Template | None, positions: int | None) -> Iterator[Check]:
-    if config.data.comparisons is None:
-        return
-    records = read_comparisons(config.data.comparisons)
-    yield from _counts("data.comparisons", records, config)
-    for reason, count in records.dropped.items():
-        yield Check("warning", f"data.comparisons: {count} records are not used because {reason}")
-    if len(records) < FEW_COMPARISONS:
-        yield Check(
-            "warning", f"data.comparisons: {len(records)} are few; a reward model from under {FEW_COMPARISONS} is mostly noise"
-        )
-    judge = judge_split(records)[1] if config.reward.judge else []
-    yield Check(
-        "ok",
-        f"reward: {len(judge)} comparisons go to a second reward model that judges the first" if judge else "reward: no judge",
-    )
-    yield _length_balance(records)
-    if template is not None:
-        encoded = [
-            template.encode(r.prompt, response, max_length=config.reward.max_length, origin=r.origin)
-            for r in records
-            for response in r.responses
-        ]
-        yield _cut_share("reward", sum(one.truncated for one in encoded), len(encoded), config.reward.max_length)
-        yield from _positions("reward.max_length", max(len(one.row.ids) for one in encoded), positions)
-
-
-def _prompts(config: Config, template: Template | None, positions: int | None) -> Iterator[Check]:
-    if config.data.prompts is None:
-        return
-    records = read_prompts(config.data.prompts)
-    yield from _counts("data.prompts", records, config)
-    if config.data.eval_prompts is not None:
-        held_out = {record.prompt for record in read_prompts(config.data.eval_prompts)}
-        leaked = sum(record.prompt in held_out for record in records)
-        if leaked:
+    def _dry_run(self, shop: Workshop, stages: Sequence[str], records: Mapping[str, Any], quick: bool) -> Iterator[Check]:
+        lengths = {
+            name: measure(name, records[name], shop.config, shop.template) for name in ("pretrain", *KINDS) if name in records
+        }
+        self.needs = memory(shop.config, stages, lengths, shop.machine, shop.base)
+        reason = "it was not asked for" if quick else _obstacle(shop, self.needs)
+        if reason:
+            yield Check("ok" if quick else "warning", f"no dry run, because {reason}")
+            return
+        small = _small(shop, records, lengths)
+        try:
+            Pipeline(small).run([stage for stage in stages if stage in TRAINING])
+        except TercetError as error:
+            yield Check("error", f"dry run: {error}")
+            return
+        steps = {stage: _lines(Path(small.output) / stage / "metrics.jsonl") for stage in stages if stage in TRAINING}
+        broken = [stage for stage, rows in steps.items() if rows and rows[-1].get("skipped")]
+        for stage in broken:
             yield Check(
-                "warning", f"{leaked} prompts of data.prompts stand in data.eval_prompts too: the evaluation is not held out"
+                "error", f"dry run: {stage} had a gradient that is not finite in its first steps: set machine.dtype: float32"
             )
-    if template is not None:
-        encoded = [template.prompt_ids(record.prompt, record.origin) for record in records]
-        cut = sum(one.was_cut for one in encoded)
-        longest = max(len(one.ids) for one in encoded)
-        yield Check(
-            "warning" if cut > MANY_CUT * len(encoded) else "ok",
-            f"ppo: {cut} of {len(encoded)} prompts are cut to data.max_prompt_length ({config.data.max_prompt_length}); longest {longest}",
+        if not broken:
+            yield Check("ok", "dry run: every stage took its first steps, and what must hold before the first update holds")
+        self.seconds = _seconds(shop.config, small, records)
+
+
+def _obstacle(shop: Workshop, needs: Sequence[Need]) -> str | None:
+    """Why a dry run would do harm."""
+    free = free_memory(shop.machine.device)
+    largest = max(needs, key=lambda need: need.total)
+    if free is not None and largest.total > free:
+        return f"stage {largest.stage} would need more memory than is free"
+    trained = max(need.weights + need.training for need in needs)
+    space, room = 4 * trained, shutil.disk_usage(shop.folder.parent).free  # four checkpoints and one exact-resume state at most
+    return f"it would need {space / GIB:.0f} GiB of disk and {room / GIB:.0f} GiB are free" if space > room else None
+
+
+def _small(shop: Workshop, records: Mapping[str, Any], lengths: Mapping[str, Lengths]) -> Config:
+    """The same run on a few records and for two steps a stage; nothing moves, because the learning rates are next to nothing."""
+    config, folder = shop.config, shop.folder
+    tokens = max([found.mean for found in lengths.values()] + [1.0])
+    rate = measured_rate(shop.machine.dtype)
+    affordable = DRY_RUN_S * rate / (6 * _parameters(shop) * tokens)
+    count = int(min(MOST_RECORDS, max(1.0, affordable)))
+    values = config.model_dump()
+    for name, own in records.items():
+        if name == "comparisons":
+            own = [record for record in own if len(set(record.ranks)) > 1]  # of ties alone nothing can be learned
+        if name in ("pretrain", *KINDS):
+            values["data"][name] = str(_write(folder / f"{name}.jsonl", own[:: max(1, len(own) // (2 * count))][: 2 * count]))
+    values["data"] |= dict.fromkeys(KINDS.values()) | {"held_out": 0.0}
+    for stage in ("pretrain", "sft", "reward"):
+        batch = min(count, values[stage]["batch_size"])
+        values[stage] |= {"batch_size": batch, "epochs": 1, "learning_rate": 1e-12, "warmup_steps": 0}
+    values["reward"] |= {"normalise_samples": 0, "judge": False}
+    rows = min(count, config.ppo.rollout_batch_size)
+    rates = {"learning_rate": 1e-12, "value_learning_rate": 1e-12, "warmup_iterations": 0, "value_warmup_iterations": 0}
+    values["ppo"] |= {
+        "iterations": 2,
+        "rollout_batch_size": rows,
+        "minibatch_size": _divisor(rows, config.ppo.minibatch),
+        **rates,
+    }
+    values["ppo"] |= {"evaluate_every": 0, "best_kl_budget": None, "save_rollouts_every": 0}
+    values["evaluation"] |= {"group_by": None, "main_group": None}
+    return load_config(values | {"trackers": []})
+
+
+def _seconds(config: Config, small: Config, records: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds that each stage will take, in proportion to the last step of the dry run."""
+    folder, found = Path(small.output), {}
+    counts = {"pretrain": "pretrain", "sft": "sft", "reward": "comparisons"}
+    for stage, name in counts.items():
+        timings, mine, theirs = _lines(folder / stage / "timings.jsonl"), getattr(config, stage), getattr(small, stage)
+        if timings and name in records:
+            found[stage] = timings[-1]["seconds"] / theirs.batch_size * len(records[name]) * mine.epochs
+    timings = _lines(folder / "ppo/timings.jsonl")
+    if timings:
+        rows, last = small.ppo.rollout_batch_size, timings[-1]
+        sampled, update = (last["generate_s"] + last["score_s"]) / rows, last["update_s"] / rows
+        evaluation, prompts = (
+            config.evaluation,
+            min(config.evaluation.prompts, len(records.get("eval_prompts", records["prompts"]))),
         )
-        yield from _positions("ppo.max_new_tokens with the longest prompt", longest + config.ppo.max_new_tokens, positions)
+        looks = config.ppo.iterations // config.ppo.evaluate_every if config.ppo.evaluate_every else 0
+        found["ppo"] = config.ppo.iterations * config.ppo.rollout_batch_size * (sampled + update) + looks * prompts * sampled
+        policies = 3 + len(evaluation.policies)
+        found["evaluate"] = (policies * prompts + evaluation.best_of_prompts * evaluation.best_of_samples) * sampled
+    return found
 
 
-def _counts(name: str, records: Sequence[AnyRecord], config: Config) -> Iterator[Check]:
-    train, held_out = split(records, config.data.held_out)
-    repeated = len(records) - len({_key(record) for record in records})
-    yield Check(
-        "ok", f"{name}: {len(records)} records, {len(train)} to train on and {len(held_out)} held out by the prompt's hash"
-    )
-    if repeated:
-        yield Check("warning", f"{name}: {repeated} records stand there more than once")
+def _table(needs: Sequence[Need], seconds: Mapping[str, float]) -> Table:
+    table = Table(title="about what each stage will take", title_justify="left", title_style="")
+    for column in ("stage", "memory, GiB", "models", "training", "working", "process", "time"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for need in needs:
+        parts = (need.total, need.weights, need.training, need.working, need.other)
+        table.add_row(need.stage, *(f"{part / GIB:.2f}" for part in parts), _duration(seconds.get(need.stage)))
+    return table
 
 
-def _key(record: AnyRecord) -> object:
-    return (record.prompt, getattr(record, "response", None), getattr(record, "responses", None))
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _cut_share(stage: str, cut: int, count: int, limit: int) -> Check:
-    level: Literal["ok", "warning"] = "warning" if cut > MANY_CUT * count else "ok"
-    advice = f": raise {stage}.max_length" if level == "warning" else ""
-    return Check(
-        level, f"{stage}: {cut} of {count} texts ({cut / count:.1%}) are cut at max_length ({limit}) and get no EOS{advice}"
-    )
+def _parameters(shop: Workshop) -> int:
+    from tercet.models.load import count_parameters
+
+    return count_parameters(shop.base, shop.config.model.trust_remote_code)
 
 
-def _positions(what: str, longest: int, positions: int | None) -> Iterator[Check]:
-    if positions is not None and longest > positions:
-        yield Check("error", f"{what}: {longest} tokens, but the model has {positions} positions: lower it, or use another model")
+def _divisor(rows: int, at_most: int) -> int:
+    return max(size for size in range(1, min(rows, at_most) + 1) if rows % size == 0)
 
 
-def _length_balance(records: Sequence[Comparison]) -> Check:
-    pairs = [
-        (len(better), len(worse))
-        for record in records
-        for better, rank in zip(record.responses, record.ranks)
-        for worse, other in zip(record.responses, record.ranks)
-        if rank < other
-    ]
-    if not pairs:
-        return Check("error", "data.comparisons: every comparison is a tie, so there is nothing to learn")
-    longer = sum(better > worse for better, worse in pairs) / len(pairs)
-    ratio = median(better for better, _ in pairs) / max(1, median(worse for _, worse in pairs))
-    level: Literal["ok", "warning"] = "warning" if max(longer, 1 - longer) > LOPSIDED else "ok"
-    return Check(
-        level, f"reward: the preferred response is the longer one in {longer:.0%} of pairs (median length ratio {ratio:.2f})"
-    )
+def _place(folder: Path) -> Path:
+    """The nearest folder above the run folder that is there: on the disk where the run will be."""
+    return next(parent for parent in folder.absolute().parents if parent.is_dir())
+
+
+def _write(path: Path, records: Sequence[Any]) -> Path:
+    """Records in the form in which they can be read again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(_values(record)) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def _values(record: Any) -> dict[str, Any]:
+    if isinstance(record, Demonstration):
+        return (
+            {"text": record.response} if record.prompt == "" else {"prompt": _plain(record.prompt), "response": record.response}
+        )
+    if isinstance(record, Comparison):
+        return {"prompt": _plain(record.prompt), "responses": record.responses, "ranks": record.ranks, "margin": record.margin}
+    return {**record.fields, "prompt": _plain(record.prompt)}
+
+
+def _plain(prompt: Text) -> Any:
+    return prompt if isinstance(prompt, str) else [vars(turn) for turn in prompt]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a run says on the terminal."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before

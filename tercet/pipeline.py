@@ -71,14 +71,16 @@ class Pipeline:
         with disk_errors_explained(self.folder):
             to_do = self._to_do(chosen, redo, prints)
             self._require_upstream(stages, to_do, chosen, prints)
-            self._check_inputs(to_do)  # before the lock: what is wrong is told without a trace in the run folder
+            records, mistakes = self.inspect(to_do)  # before the lock: what is wrong is told without a trace in the run folder
+            if mistakes:
+                raise TercetError(mistakes[0])
         with disk_errors_explained(self.folder), locked(self.folder) as is_main:
             to_do = self._to_do(chosen, redo, prints)  # anew: another process may have ended since
             if redo and is_main:
                 self._clear(redo)
             if to_do:
                 try:
-                    self._execute(to_do, redo)
+                    self._execute(to_do, redo, records)
                 except OtherFormat:
                     raise
                 except TercetError:
@@ -132,12 +134,14 @@ class Pipeline:
             raise TercetError(f"{self.folder}: there is no run here to report on: `tercet run CONFIG` makes one")
         return write_report(self.folder)
 
-    def _execute(self, stages: Sequence[str], redo: Sequence[str]) -> None:
+    def _execute(self, stages: Sequence[str], redo: Sequence[str], records: Mapping[str, Any]) -> None:
         from tercet.jobs.evaluation import run_evaluate
+        from tercet.jobs.outlook import outlook
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
         from tercet.runtime.checkpoint import seed_everything
         from tercet.runtime.files import write_json, write_text
         from tercet.runtime.interrupted import Interrupted
+        from tercet.runtime.machine import out_of_memory_explained
         from tercet.runtime.progress import console
         from tercet.runtime.stage import Interrupt
 
@@ -146,6 +150,9 @@ class Pipeline:
             shop = self.workshop(interrupt)
             if shop.world.is_main:
                 write_text(self.folder / "config.yaml", to_yaml(self.config))
+                for check in outlook(shop.config, stages, records, shop.template, shop.machine, shop.base):
+                    if check.level == "warning":
+                        console.print(f"warning: {check.text}", style="yellow", markup=False)
             prints = fingerprints(self.config, self.stages(), self._callables)  # anew, because now the machine is chosen
             if shop.world.is_main and redo:
                 write_json(self._redo_path, _redo_mark(redo, prints))
@@ -157,7 +164,8 @@ class Pipeline:
                     write_json(folder / "started.json", prints[stage])
                 began = time.monotonic()
                 seed_everything(self.config.seed)
-                figures = jobs[stage](shop)
+                with out_of_memory_explained(stage, shop.machine.microbatch_tokens, self.config.ppo.rollout_batch_size):
+                    figures = jobs[stage](shop)
                 if shop.world.is_main:
                     done = {"fingerprint": prints[stage], "figures": figures, "seconds": time.monotonic() - began}
                     write_json(self._done_path(stage), done)
@@ -171,6 +179,7 @@ class Pipeline:
         from tercet.jobs.training import create_scratch
         from tercet.jobs.workshop import Workshop
         from tercet.models.load import count_parameters
+        from tercet.report.live import Watch
         from tercet.runtime.distributed import World
         from tercet.runtime.machine import resolve
         from tercet.runtime.progress import console
@@ -188,7 +197,7 @@ class Pipeline:
         if world.is_main:
             chosen = "  ".join(f"{key} {value}" for key, value in machine.settings().items())
             console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {chosen}")
-        return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables)
+        return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables, Watch)
 
     def _to_do(self, chosen: Sequence[str], redo: Sequence[str], prints: Mapping[str, Any]) -> list[str]:
         return [stage for stage in chosen if stage in redo or not self._is_done(stage, prints[stage])]
@@ -216,33 +225,12 @@ class Pipeline:
                         f"stage {stage} needs stage {earlier} first: `tercet {earlier} CONFIG`, or `tercet run CONFIG` for all"
                     )
 
-    def _check_inputs(self, stages: Sequence[str]) -> None:
-        """Read every record, function and checkpoint that these stages will use: a mistake is told before anything is trained."""
-        from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
-        from tercet.jobs.preflight import check_models
-        from tercet.runtime.machine import resolve
-        from tercet.scoring.function import load_function
+    def inspect(self, stages: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """The records that these stages will use, by their key in the data section, and every mistake that can be known beforehand."""
+        from tercet.jobs.preflight import inspect
 
-        data = self.config.data
-        used: dict[str, tuple[Callable[[str], Any], list[str | None]]] = {
-            "pretrain": (read_demonstrations, [data.pretrain]),
-            "sft": (read_demonstrations, [data.sft, data.eval_sft]),
-            "reward": (read_comparisons, [data.comparisons, data.eval_comparisons]),
-            "ppo": (read_prompts, [data.prompts, data.eval_prompts]),
-        }
-        records = {
-            stage: [record for source in sources if source is not None for record in read(source)]
-            for stage, (read, sources) in used.items()
-            if stage in stages
-        }
-        if "ppo" in stages or "evaluate" in stages:
-            for reference in functions_of(self.config):
-                load_function(reference)
-        if stages:
-            machine = self.config.machine
-            resolve(machine.device, machine.dtype, 1, 1, parameters=0)  # a device that is not there
-            made = self.config.model.scratch is None or Path(self._base).exists()
-            check_models(self.config, stages, self._base if made else None, records)
+        made = self.config.model.scratch is None or Path(self._base).exists()
+        return inspect(self.config, stages, self._base if made else None, functions_of(self.config))
 
     @property
     def _base(self) -> str:

@@ -1,80 +1,118 @@
-"""tercet/doctor.py: what is wrong is found before anything is trained."""
+"""tercet/doctor.py: what is wrong is found before anything is trained; the dry run takes the real stages' first steps."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_config, write_jsonl
 from typer.testing import CliRunner
 
 from tercet.cli import app
 from tercet.config import load_config
-from tercet.doctor import Check, checks, examine
+from tercet.doctor import Doctor, examine
+from tercet.jobs.outlook import Check
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return str(path)
+def settings(finished_run: Path, files: Path, output: Path, **sections: Any) -> dict[str, Any]:
+    """A run of every stage that starts from the tiny SFT model."""
+    values = tiny_config(files, output) | {"model": {"name": str(finished_run / "sft/model")}}
+    return {
+        key: {**value, **sections.pop(key, {})} if isinstance(value, dict) else value for key, value in values.items()
+    } | sections
 
 
-def pairs(count: int, longer: bool = False) -> list[dict[str, Any]]:
-    return [
-        {"prompt": f"Question {i}?", "chosen": "yes " * (9 if longer else 1 + i % 2), "rejected": "no " * (2 - i % 2)}
-        for i in range(count)
-    ]
+def levels(checks: list[Check], level: str) -> list[str]:
+    return [check.text for check in checks if check.level == level]
 
 
-def run(finished_run: Path, sft_max_length: int = 48, **data: str) -> list[Check]:
-    model, sft = {"name": str(finished_run / "sft/model")}, {"max_length": sft_max_length}
-    data = {"max_prompt_length": 24, **data}
-    return list(checks(load_config({"model": model, "data": data, "sft": sft, "ppo": {"max_new_tokens": 8}})))
-
-
-def test_sound_files_give_no_error_and_say_what_will_run(finished_run, tiny_data):
-    found = run(finished_run, sft=str(tiny_data / "demonstrations.jsonl"), prompts=str(tiny_data / "prompts.jsonl"),
-                comparisons=str(tiny_data / "comparisons.jsonl"))  # fmt: skip
-    assert not [check for check in found if check.level == "error"]
+def test_a_sound_run_is_examined_to_the_end_and_leaves_nothing_behind(finished_run, tiny_data, tmp_path):
+    doctor = Doctor(load_config(settings(finished_run, tiny_data, tmp_path / "run")))
+    found = list(doctor.checks())
+    assert not levels(found, "error")
     assert found[0].text == "stages: sft, reward, ppo, evaluate"
-    assert any("40 records" in check.text for check in found)
+    assert found[-1].text.startswith("dry run: every stage took its first steps")
+    assert [need.stage for need in doctor.needs] == ["sft", "reward", "ppo", "evaluate"]
+    assert set(doctor.seconds) == {"sft", "reward", "ppo", "evaluate"} and all(0 < s < 600 for s in doctor.seconds.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_from_scratch_is_made_for_it(tiny_data, tmp_path):
+    doctor = Doctor(load_config(tiny_config(tiny_data, tmp_path / "run")))
+    found = list(doctor.checks())
+    assert not levels(found, "error") and found[-1].text.startswith("dry run: every stage")
+    assert any("template plain" in text for text in levels(found, "ok"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_mistakes_in_the_files_are_told_at_once(finished_run, tiny_data, tmp_path):
+    bad = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "chosen": "b"}])
+    data = {"sft": str(tmp_path / "nowhere.jsonl"), "comparisons": str(bad)}
+    found = list(Doctor(load_config(settings(finished_run, tiny_data, tmp_path / "run", data=data))).checks())
+    assert levels(found, "error") == [check.text for check in found] and len(found) == 2
+    assert "nowhere.jsonl" in found[0].text and "rejected" in found[1].text
 
 
 @pytest.mark.parametrize(
-    ("records", "level", "text"),
+    ("sections", "told"),
     [
-        (pairs(300, longer=True), "warning", "the longer one in 100% of pairs"),
-        (pairs(30), "warning", "30 are few"),
-        ([*pairs(250), pairs(1)[0]], "warning", "1 records stand there more than once"),
-        ([{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}], "error", "every comparison is a tie"),
-        ([{"prompt": "a", "chosen": "b"}], "error", "rejected"),
+        ({"data": {"max_prompt_length": 9_999}}, "positions"),
+        ({"trackers": ["wandb"]}, "pip install wandb"),
+        ({"ppo": {"rewards": [{"kind": "function", "function": "nowhere.py:score"}]}}, "nowhere.py"),
+        ({"machine": {"device": "cuda:99"}}, "machine.device"),
     ],
 )
-def test_each_fault_of_the_comparisons_is_named(finished_run, tmp_path, records, level, text):
-    found = run(finished_run, comparisons=write(tmp_path / "c.jsonl", records))
-    assert [check for check in found if check.level == level and text in check.text], [check.text for check in found]
+def test_what_stops_a_run_is_an_error_here_and_nothing_is_written(finished_run, tiny_data, tmp_path, sections, told, monkeypatch):
+    import importlib.util
+
+    from tercet.pipeline import Pipeline
+    from tercet.types import TercetError
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
+    config = load_config(settings(finished_run, tiny_data, tmp_path / "run", **sections))
+    assert any(told in text for text in levels(list(Doctor(config).checks()), "error"))
+    with pytest.raises(TercetError, match=told):
+        Pipeline(config).run()
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_length_beyond_the_models_positions_is_an_error(finished_run, tmp_path):
-    found = run(finished_run, 9_999, sft=write(tmp_path / "s.jsonl", [{"prompt": "a", "response": "word " * 900}]))
-    assert any(check.level == "error" and "positions" in check.text for check in found)
+def test_ties_alone_are_an_error(finished_run, tiny_data, tmp_path):
+    ties = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}])
+    config = load_config(settings(finished_run, tiny_data, tmp_path / "run", data={"comparisons": str(ties)}))
+    assert any("every comparison is a tie" in text for text in levels(list(Doctor(config).checks()), "error"))
 
 
-def test_cut_texts_and_leaked_prompts_are_warned_of(finished_run, tmp_path, tiny_data):
-    leaked = write(tmp_path / "e.jsonl", [json.loads(line) for line in (tiny_data / "prompts.jsonl").open()][:3])
-    pairs_too = {"comparisons": str(tiny_data / "comparisons.jsonl")}
-    found = run(finished_run, prompts=str(tiny_data / "prompts.jsonl"), eval_prompts=leaked, **pairs_too)
-    found += run(finished_run, prompts=write(tmp_path / "long.jsonl", [{"prompt": "why " * 90}]), **pairs_too)
-    warnings = [check.text for check in found if check.level == "warning"]
-    assert any("3 prompts of data.prompts stand in data.eval_prompts too" in text for text in warnings), found
-    assert any("1 of 1 prompts are cut" in text for text in warnings)
+def test_a_reward_that_fails_fails_in_the_dry_run(finished_run, tiny_data, tmp_path):
+    (tmp_path / "rewards.py").write_text("def score(prompts, responses, **fields):\n    return [float('nan')] * len(responses)\n")
+    terms = {"rewards": [{"kind": "function", "function": f"{tmp_path}/rewards.py:score"}]}
+    found = list(Doctor(load_config(settings(finished_run, tiny_data, tmp_path / "run", ppo=terms))).checks())
+    assert found[-1].level == "error" and found[-1].text.startswith("dry run: ")
+
+
+def test_broken_invariants_show_in_the_dry_run(finished_run, tiny_data, tmp_path, monkeypatch):
+    from tercet.generation import native
+
+    real = native.inverse_cdf
+    monkeypatch.setattr(native, "inverse_cdf", lambda logits, uniform, temperature: real(logits * 3, uniform, temperature))
+    found = list(Doctor(load_config(settings(finished_run, tiny_data, tmp_path / "run"))).checks())
+    assert found[-1].level == "error" and "the model samples from another distribution" in found[-1].text
+
+
+def test_no_dry_run_where_it_would_not_fit(finished_run, tiny_data, tmp_path, monkeypatch):
+    import tercet.doctor
+
+    monkeypatch.setattr(tercet.doctor, "free_memory", lambda device: 2**20)
+    doctor = Doctor(load_config(settings(finished_run, tiny_data, tmp_path / "run")))
+    found = list(doctor.checks())
+    assert "no dry run, because stage" in found[-1].text and doctor.needs and not doctor.seconds
 
 
 def test_the_command_exits_with_2_on_an_error_and_0_without(finished_run, tmp_path, tiny_data):
-    config = {"model": {"name": str(finished_run / "sft/model")}, "data": {"prompts": str(tiny_data / "prompts.jsonl")}}
-    config["ppo"] = {"max_new_tokens": 8, "rewards": [{"kind": "function", "function": "rewards.py:score"}]}
-    config["data"]["max_prompt_length"] = 24
     file = tmp_path / "config.yaml"
-    file.write_text(json.dumps(config))
-    assert examine(load_config(file))
-    assert CliRunner().invoke(app, ["doctor", str(file)]).exit_code == 0
-    bad = CliRunner().invoke(app, ["doctor", str(file), "--set", "data.sft=nowhere.jsonl"])
+    file.write_text(json.dumps(settings(finished_run, tiny_data, tmp_path / "run")))
+    assert examine(load_config(file), quick=True)
+    done = CliRunner().invoke(app, ["doctor", str(file)])
+    assert done.exit_code == 0 and "memory, GiB" in done.output
+    bad = CliRunner().invoke(app, ["doctor", str(file), "--quick", "--set", "data.sft=nowhere.jsonl"])
     assert bad.exit_code == 2 and "nowhere.jsonl" in bad.output

@@ -153,7 +153,9 @@ def test_code_is_imported_only_where_a_reward_function_is_loaded() -> None:
     places = {
         file for name in ("import_module", "spec_from_file_location", "exec_module", "__import__") for file, _ in calls(name)
     }
-    assert places == {"__init__.py", "scoring/function.py"}, "__init__.py loads Tercet's own names"
+    assert places == {"__init__.py", "scoring/function.py", "runtime/trackers.py"}, "__init__.py loads Tercet's own names"
+    trackers = [call.args[0] for file, call in calls("import_module") if file == "runtime/trackers.py"]
+    assert {ast.literal_eval(name) for name in trackers} == {"torch.utils.tensorboard", "wandb", "trackio"}
 
 
 def test_functions_come_from_the_configuration_alone(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_functions_come_from_the_configuration_alone(tmp_path: Path) -> None:
     found = functions_of(load_config(values))
     assert [text.rpartition("/")[2] for text in found] == ["a.py:f", "b:g", "c.py:h"]
     loaded = {file for file, _ in calls("load_function")}
-    assert loaded == {"pipeline.py", "jobs/workshop.py", "jobs/evaluation.py"}
+    assert loaded == {"jobs/preflight.py", "jobs/workshop.py", "jobs/evaluation.py"}
 
 
 def test_telemetry_is_off() -> None:

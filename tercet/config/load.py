@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -36,6 +36,9 @@ class Config(Section):
     evaluation: EvaluationConfig = setting(EvaluationConfig(), "after training")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), "exact-resume state")
     machine: MachineConfig = setting(MachineConfig(), "device, precision and threads")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        [], "where metrics go beside the run folder; W&B writes files only, unless WANDB_MODE=online is set"
+    )
 
     @model_validator(mode="before")
     @classmethod

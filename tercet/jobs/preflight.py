@@ -1,14 +1,16 @@
-"""What a later stage would trip over, looked at before the first one trains: architectures, checkpoints, templates, lengths."""
+"""What a stage would trip over, looked at before the first one trains: records, functions, the machine, architectures, checkpoints,
+templates, lengths. All of it are mistakes; what only deserves a warning is in jobs/outlook.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from tercet.config import Config
 from tercet.config.ppo import RewardTerm
+from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
 from tercet.data.template import Template
 from tercet.jobs.workshop import check_room, prompt_records
 from tercet.models.load import (
@@ -21,10 +23,64 @@ from tercet.models.load import (
     stop_token_ids,
 )
 from tercet.models.roles import ScoreModel
+from tercet.runtime.machine import resolve
+from tercet.runtime.trackers import check_installed
+from tercet.scoring.function import load_function
 from tercet.scoring.model import ClassifierScorer
 from tercet.types import Comparison, TercetError, Text
 
+Sources = dict[str, Any]  # the Records of each file, by its key in the data section
 Records = Mapping[str, Sequence[Any]]  # by stage
+
+STAGE_DATA: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
+    "pretrain": (read_demonstrations, ("pretrain",)),
+    "sft": (read_demonstrations, ("sft", "eval_sft")),
+    "reward": (read_comparisons, ("comparisons", "eval_comparisons")),
+    "ppo": (read_prompts, ("prompts", "eval_prompts")),
+}
+
+
+def inspect(config: Config, stages: Sequence[str], base: str | None, functions: Sequence[str]) -> tuple[Sources, list[str]]:
+    """Read every record, function and checkpoint that these stages will use. Returns the records and all mistakes, in sentences; after
+    mistakes in the data, models are not looked at.
+
+    base: the pretrained model, None while a scratch model is not made yet; functions: "file.py:name" or "module:name".
+    """
+    sources: Sources = {}
+    mistakes: list[str] = []
+    for stage in stages:
+        read, names = STAGE_DATA.get(stage, (read_prompts, ()))
+        for name in names:
+            path = getattr(config.data, name)
+            try:
+                sources |= {name: read(path)} if path is not None else {}
+            except TercetError as error:
+                mistakes.append(str(error))
+    if not mistakes:
+        try:
+            _check(config, stages, base, functions, sources)
+        except TercetError as error:
+            mistakes.append(str(error))
+    return sources, mistakes
+
+
+def _check(config: Config, stages: Sequence[str], base: str | None, functions: Sequence[str], sources: Sources) -> None:
+    if "ppo" in stages or "evaluate" in stages:
+        for reference in functions:
+            load_function(reference)
+    if "comparisons" in sources and all(len(set(record.ranks)) == 1 for record in sources["comparisons"]):
+        raise TercetError(
+            "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
+        )
+    if stages:
+        resolve(config.machine.device, config.machine.dtype, 1, 1, parameters=0)  # a device that is not there
+        check_installed(config.trackers)
+        records = {
+            stage: [record for name in names for record in sources.get(name, ())]
+            for stage, (_, names) in STAGE_DATA.items()
+            if stage in stages
+        }
+        check_models(config, stages, base, records)
 
 
 def check_models(config: Config, stages: Sequence[str], base: str | None, records: Records) -> None:

@@ -132,6 +132,8 @@ def run_ppo(shop: Workshop) -> Figures:
     actors = Actors(policy, ref_policy, value_model, shop.generator(policy), shop.reward())
 
     run = shop.stage_run("ppo", "ppo", counter="iteration")
+    known = _known_limits(shop)
+    run.watch = shop.watch(known) if shop.watch is not None else None
     evaluations = run.journal("evaluations.jsonl")
 
     @functools.cache  # the judges are loaded and fitted only where the run evaluates at all
@@ -171,12 +173,23 @@ def run_ppo(shop: Workshop) -> Figures:
     )
     shop.write_scorer(value_model, shop.folder / "ppo/value", "The value model of PPO, for a next round, by Tercet.")
     figures: Figures = {f"ppo.train_{name}": metrics[name] for name in ("score", "kl", "explained_variance") if name in metrics}
-    if config.best_kl_budget is not None:
-        figures["ppo.kl_budget"] = config.best_kl_budget
+    figures |= known
     best = shop.folder / "ppo/best.json"
     if best.exists():
         figures |= {f"ppo.best_{name}": value for name, value in json.loads(best.read_text(encoding="utf-8")).items()}
     return figures
+
+
+def _known_limits(shop: Workshop) -> dict[str, float]:
+    """What PPO's metrics are held against: the KL budget, and the range of scores of texts such as the reward model was trained on."""
+    config = shop.config.ppo
+    found = {"ppo.kl_budget": config.best_kl_budget} if config.best_kl_budget is not None else {}
+    card = shop.folder / "reward/card.json"
+    alone = [(term.kind, term.weight) for term in config.rewards] == [("stage", 1.0)] and shop.config.reward.use is None
+    if alone and card.exists():
+        edges = json.loads(card.read_text(encoding="utf-8"))["histograms"].get("edges", [])
+        found |= {"ppo.score_range_low": edges[0], "ppo.score_range_high": edges[-1]} if edges else {}
+    return found
 
 
 def is_best(figures: Figures, earlier: Sequence[Figures], by: str, kl_budget: float | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from tercet.runtime.distributed import World
 from tercet.runtime.files import folder_beside, replace_folder
 from tercet.runtime.machine import Machine
 from tercet.runtime.progress import console
-from tercet.runtime.stage import Interrupt, StageRun
+from tercet.runtime.stage import Interrupt, StageRun, Watch
 from tercet.scoring.base import Scorer, WeightedSum
 from tercet.scoring.function import FunctionScorer, RewardFunction, load_function
 from tercet.scoring.model import ClassifierScorer, RewardModelScorer
@@ -53,6 +53,7 @@ class Workshop:
     interrupt: Interrupt
     base: str  # the pretrained model: a folder or a hub name
     reward_callables: Sequence[RewardFunction] = field(default_factory=tuple)
+    watch: Callable[[Mapping[str, float]], Watch] | None = None  # what keeps an eye on PPO, given figures of the run
     _backbone: Backbone | None = None
 
     def stage_run(self, name: str, folder: str, counter: str = "step") -> StageRun:
@@ -67,6 +68,8 @@ class Workshop:
             counter,
             self.interrupt,
             checkpoint.every_minutes,
+            self.config.trackers,
+            self.folder.name,
         )
 
     @property

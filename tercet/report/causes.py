@@ -210,6 +210,16 @@ CAUSES: dict[str, Cause] = {
         None,
         "Raise ppo.kl.coef or lower ppo.learning_rate; ppo/best is the best policy within a budget.",
     ),
+    "score_range": Cause(
+        "ppo",
+        "PPO's scores are beyond what the reward model was trained on",
+        "distance of the mean score (last tenth of the iterations) from the range, without the outermost 0.2 %, of comparisons, "
+        "demonstrations and SFT samples, in widths of that range; only where the reward model of this run is the whole reward",
+        "above",
+        None,
+        0,
+        "There its scores mean little: read the samples, raise ppo.kl.coef, or add comparisons of such responses.",
+    ),
     "score_fell": Cause(
         "ppo",
         "PPO lowered the reward",

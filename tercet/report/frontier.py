@@ -69,7 +69,10 @@ def _sentences(run: RunData, judges: Sequence[str]) -> list[str]:
     ]
     judge = next((name for name in ("judge", "gold", "score") if name in judges), "score")
     found, kl = equal_n(run, judge), number(points[-1].get("kl")) if points else None
-    if found is not None and kl is not None:
+    gain = number(points[-1].get(f"{judge}_gain")) if points else None
+    if gain is not None and gain <= 0 and kl is not None:
+        said.append(f"By the {judge_name(judge)} PPO gained nothing: {signed(gain)} at a KL of {short(kl)} nats.")
+    elif found is not None and kl is not None:
         n, beyond = found
         much = f"more than the best of {short(n)}" if beyond else f"as much as the best of about {short(round(n))}"
         said.append(

@@ -48,6 +48,12 @@ def _kl(run: RunData) -> Iterable[Finding]:
     yield from _kl_exploded(run, kl, figure)
 
 
+def _kl_live(run: RunData) -> Iterable[Finding]:
+    kl = final_kl(run)
+    if kl is not None:
+        yield from _kl_exploded(run, kl, f"{short(kl)}{THIN}nats")
+
+
 def _kl_exploded(run: RunData, kl: float, figure: str) -> Iterable[Finding]:
     budget, length, cause = run.value("ppo.kl_budget"), run.value("ppo.length"), CAUSES["kl_exploded"]
     lengths = run.finite("ppo", "length")
@@ -59,6 +65,14 @@ def _kl_exploded(run: RunData, kl: float, figure: str) -> Iterable[Finding]:
     elif length:
         text = f"The KL is {short(kl)} nats a response, {short(kl / length)} a token: few of its words would have been SFT's."
         yield from fault("kl_exploded", kl / length, text, figure)
+
+
+def _score_range(run: RunData) -> Iterable[Finding]:
+    low, high, scores = run.value("ppo.score_range_low"), run.value("ppo.score_range_high"), run.finite("ppo", "score")
+    if low is not None and high is not None and high > low and scores:
+        mean = statistics.fmean(last(scores, 0.1))
+        text = f"The mean score is {short(mean)}; texts such as those of its training score {short(low)} to {short(high)}."
+        yield from fault("score_range", max(mean - high, low - mean) / (high - low), text, short(mean))
 
 
 def _score(run: RunData) -> Iterable[Finding]:
@@ -79,17 +93,25 @@ def _score(run: RunData) -> Iterable[Finding]:
 
 def _wins(run: RunData) -> Iterable[Finding]:
     rate, low, high = run.value("win_rate"), run.value("win_rate_low"), run.value("win_rate_high")
-    if rate is not None:
-        low, high = rate if low is None else low, rate if high is None else high
-        text = f"Against SFT on held-out prompts it wins {percent(rate)} (95 % interval {percent(low)} to {percent(high)})."
-        found = list(fault("win_rate_low", high, text, percent(rate)))
-        found = found or list(fault("win_rate_even", low if low != 0.5 else 0.0, text, percent(rate)))
-        yield from found or [Finding("ok", "PPO's responses win", text, percent(rate), "ppo", "win_rate_good")]
-        if not found:
-            yield from _length_controlled(run, rate)
+    if rate is None:
+        return
+    low, high = rate if low is None else low, rate if high is None else high
+    text = f"Against SFT on held-out prompts it wins {percent(rate)} (95 % interval {percent(low)} to {percent(high)})."
+    found = list(fault("win_rate_low", high, text, percent(rate)))
+    found = found or list(fault("win_rate_even", low if low != 0.5 else 0.0, text, percent(rate)))
+    against = list(_other_judges(run, rate))
+    if not found and not against:
+        yield Finding("ok", "PPO's responses win", text, percent(rate), "ppo", "win_rate_good")
+    yield from found
+    if not found:
+        yield from _length_controlled(run, rate)
+    yield from against
+
+
+def _other_judges(run: RunData, rate: float) -> Iterable[Finding]:
     for judge, record in run.wins.items():
         judged, upper = number(record.get("win_rate")), number(record.get("high"))
-        if judged is not None and upper is not None and rate is not None and rate >= 0.5:
+        if judged is not None and upper is not None and rate >= 0.5:
             text = f"By {plain(judge, 60)} it wins {percent(judged)}, the headline says {percent(rate)}."
             yield from fault("judge_disagrees", upper, text, percent(judged))
 
@@ -204,6 +226,7 @@ PPO_RULES: tuple[Rule, ...] = (
     _sampler,
     _score_constant,
     _kl,
+    _score_range,
     _score,
     _wins,
     _over_optimised,
@@ -216,3 +239,6 @@ PPO_RULES: tuple[Rule, ...] = (
     _clipping,
     _length,
 )
+
+# Those that can be asked after each iteration: they go by the lines of training alone, and by nothing that is at the end only.
+LIVE_RULES: tuple[Rule, ...] = (_sampler, _kl_live, _score_range, _entropy, _step_size, _clipping)

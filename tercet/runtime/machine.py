@@ -8,7 +8,9 @@ import functools
 import gc
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -93,6 +95,45 @@ def release_free_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on the device, None where that cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    found = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit
+        limit, used = (Path("/sys/fs/cgroup", name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))
+    return min(found, default=None)
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(stage: str, microbatch_tokens: int, rollout_batch_size: int) -> Iterator[None]:
+    """Turn what torch and Python raise when memory runs out into a TercetError that names the settings to lower, with their values."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        text = str(error)
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)):
+            raise
+        settings = f"machine.microbatch_tokens ({microbatch_tokens} now; try {max(1, microbatch_tokens // 2)})"
+        if stage in ("reward", "ppo", "evaluate"):
+            fewer = max(1, rollout_batch_size // 2)
+            settings += f" or, if it was sampling, ppo.rollout_batch_size ({rollout_batch_size} now; try {fewer})"
+        first = (text.strip() or type(error).__name__).splitlines()[0][:200]
+        raise TercetError(
+            f"stage {stage}: memory ran out ({first}). What was finished and the last checkpoint are kept: lower {settings}; "
+            "`tercet doctor` shows what each stage needs, and model.adapter needs least"
+        ) from error
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 
 
 def _device(name: str) -> torch.device:

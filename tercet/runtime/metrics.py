@@ -31,21 +31,24 @@ class JsonLines:
             with self._path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
-    def cut_after(self, step: int) -> None:
-        """Drop lines beyond `step`, and a last line that a kill left half-written."""
+    def cut_after(self, step: int) -> int:
+        """Drop lines beyond `step`, and a last line that a kill left half-written. Returns the highest step that there was, 0 if none."""
         if not self._path.exists():
-            return
-        kept = []
+            return 0
+        kept, highest = [], 0
         # Not splitlines(): it also cuts at U+2028 and other characters that a sampled response may hold.
         for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                if json.loads(line)[self._key] <= step:
+                number = json.loads(line)[self._key]
+                if number <= step:
                     kept.append(line + "\n")
+                highest = max(highest, number)
             except (ValueError, KeyError, TypeError):
                 continue
         temporary = self._path.with_name(f".{self._path.name}.writing")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self._path)
+        return highest
 
     def read(self) -> list[dict[str, Any]]:
         if not self._path.exists():

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,10 @@ from tercet.runtime.machine import Machine, release_free_memory
 from tercet.runtime.metrics import JsonLines, peak_memory_mb
 from tercet.runtime.optim import Optimizer
 from tercet.runtime.progress import Bar, console
+from tercet.runtime.trackers import Tracker
+
+# Takes a line of metrics; gives what has gone wrong by now and was not said before, by the cause's name, in plain words.
+Watch = Callable[[dict[str, Any]], dict[str, str]]
 
 
 class Interrupt:
@@ -63,8 +67,12 @@ class StageRun:
     counter: str = "step"  # the field that counts up in metrics.jsonl
     interrupt: Interrupt = field(default_factory=Interrupt)
     checkpoint_minutes: float | None = None
+    trackers: Sequence[str] = ()  # where metrics go beside the folder: kinds of runtime/trackers.py
+    group: str = ""  # the run's name there
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
+        self._open_trackers: list[Tracker] = []
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.checkpoint_keep)
         self._journals: list[JsonLines] = []
         self.metrics = self.journal("metrics.jsonl")
@@ -86,8 +94,12 @@ class StageRun:
             console.print(f"[yellow]{complaint}")
         done = checkpoint.step if checkpoint else 0
         if self.world.is_main:
-            for journal in self._journals:
-                journal.cut_after(done)
+            highest = [journal.cut_after(done) for journal in self._journals]
+            place = highest[self._journals.index(self.metrics)]
+            self._open_trackers = [Tracker(kind, self.folder, self.group, self.name, place) for kind in self.trackers]
+            if self.watch is not None:
+                for row in self.metrics.read():
+                    self.watch(row)  # what it says was said already
         if checkpoint is not None:
             states = checkpoint.values["random"]  # of each rank: their rows differ, and so does what dropout has drawn
             restore_random_state(states[self.world.rank % len(states)], self.machine.device)
@@ -115,9 +127,28 @@ class StageRun:
         self.world.barrier()
 
     def log(self, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
+        """Append a line to each journal, and tell the trackers and the user. metrics gets "alarms" where something has gone wrong."""
         if self.world.is_main:
+            step = metrics[self.counter]
+            alarms = self.watch(metrics) if self.watch is not None else {}
+            for text in alarms.values():
+                console.print(f"{self.counter} {step}: {text}", style="yellow", markup=False)
+            if alarms:
+                metrics["alarms"] = list(alarms)
             self.metrics.append(metrics)
-            self.timings.append({self.counter: metrics[self.counter], **timings, "peak_memory_mb": round(peak_memory_mb(), 1)})
+            self.timings.append({self.counter: step, **timings, "peak_memory_mb": round(peak_memory_mb(), 1)})
+            for tracker in self._open_trackers:
+                tracker.send(step, metrics)
+
+    @contextmanager
+    def progress(self, total: int, done: int) -> Iterator[Bar]:
+        """The stage's bar on the terminal; afterwards the trackers are closed."""
+        try:
+            with Bar(self.name, total, done=done, silent=not self.world.is_main) as bar:
+                yield bar
+        finally:
+            for tracker in self._open_trackers:
+                tracker.close()
 
 
 @dataclass(frozen=True)
@@ -155,7 +186,7 @@ def train(
     skipped = checkpoint.values["skipped"] if checkpoint else 0
     release_free_memory()
     module.train()
-    with Bar(run.name, schedule.total_steps, done=start, silent=not run.world.is_main) as bar:
+    with run.progress(schedule.total_steps, start) as bar:
         for step in range(start, schedule.total_steps):
             began = time.perf_counter()
             metrics = compute(step)

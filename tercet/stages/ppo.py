@@ -21,7 +21,6 @@ from tercet.runtime.interrupted import Interrupted
 from tercet.runtime.machine import measured_rate, release_free_memory
 from tercet.runtime.metrics import Stopwatch
 from tercet.runtime.optim import Optimizer
-from tercet.runtime.progress import Bar
 from tercet.runtime.stage import StageRun
 from tercet.stages.rollout import Actors, PromptSet, Rollout, collect
 from tercet.stages.update import Trainables, UpdateProgress, update, update_flops
@@ -53,7 +52,7 @@ def train_ppo(
     rollouts = run.journal("rollouts.jsonl")
     start, rollout, progress = state.restore()
     metrics: dict[str, Any] = (run.metrics.read() or [{}])[-1] if start else {}
-    with Bar(run.name, config.iterations, done=start, silent=not run.world.is_main) as bar:
+    with run.progress(config.iterations, start) as bar:
         for iteration in range(start, config.iterations):
             stopwatch = Stopwatch()
             with stopwatch.phase("sync"):
@@ -102,7 +101,7 @@ def train_ppo(
             run.log(
                 metrics, {**stopwatch.seconds, **_speeds(stopwatch, rollout, trainables, config, progress, run.machine.dtype)}
             )
-            bar.advance(**{name: metrics[name] for name in ("score", "kl", "length", "finished")})
+            bar.advance(score=metrics["score"], KL=metrics["kl"], length=metrics["length"], EOS=metrics["finished"])
             _stop_if_broken(metrics, run)
             rollout, progress = None, UpdateProgress()
             if run.due(iteration + 1) or last:

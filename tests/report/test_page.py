@@ -46,6 +46,17 @@ def test_a_full_run(new_run) -> None:
         assert f"<b>{title}</b>" in html
 
 
+def test_a_loss_is_not_called_a_gain_over_fewer_samples(new_run) -> None:
+    folder = new_run(steps=6, iterations=4, count=9)
+    path = json.loads((folder / "evaluation/path.json").read_text())
+    last = path["points"][-1]
+    (folder / "evaluation/path.json").write_text(
+        json.dumps(path | {"points": [*path["points"][:-1], last | {"judge_gain": -6.4}]})
+    )
+    html, _ = written(folder)
+    assert "PPO gained nothing: \u22126.4" in html and "PPO gained as much as" not in html
+
+
 def test_only_our_own_script_may_run(new_run) -> None:
     html, page = written(new_run(steps=6, iterations=4, count=9))
     (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)

@@ -26,6 +26,12 @@ def told(summary: dict[str, float]) -> RunData:
     return RunData(summary=summary)
 
 
+def scored(score: float) -> RunData:
+    """Training texts score between -1 and 3; the last tenth of the iterations has this mean score."""
+    rows = [{"iteration": i, "score": score if i > 18 else 0.0} for i in range(1, 21)]
+    return RunData(summary={"ppo.score_range_low": -1.0, "ppo.score_range_high": 3.0}, metrics={"ppo": rows})
+
+
 def drawn(**series: list[float]) -> RunData:
     return RunData(metrics=ppo(**series))
 
@@ -99,6 +105,8 @@ CASES = [
     ("kl_negative", "error", "\u22122\u202fnats", told({"ppo.kl": -2.0}), told({"ppo.kl": 2.0})),
     ("kl_exploded", "error", "61\u202fnats", told({"ppo.kl": 61, "ppo.length": 60}), told({"ppo.kl": 61, "ppo.length": 90})),
     ("kl_exploded", "error", "11\u202fnats", told({"ppo.kl": 11, "ppo.kl_budget": 10}), told({"ppo.kl": 9, "ppo.kl_budget": 10})),
+    ("score_range", "warning", "3.40", scored(3.4), scored(2.9)),
+    ("score_range", "warning", "\u22121.50", scored(-1.5), scored(-0.9)),
     ("score_flat", "error", "+0.5", RunData(samples=gains(2, -1)), RunData(samples=gains(1.0, 1.1, 0.9))),
     ("score_fell", "error", "\u22121", RunData(samples=gains(-1.0, -1.1, -0.9)), RunData(samples=gains(1.0, 1.1, 0.9))),
     ("win_rate_low", "error", "40\u202f%", told({"win_rate": 0.4, "win_rate_high": 0.45}), told({"win_rate": 0.6})),
@@ -237,6 +245,15 @@ def test_healthy_run_has_neither_errors_nor_warnings(new_run) -> None:
     found = verdict(load_run(new_run()))
     assert {finding.level for finding in found} == {"ok"} and found[0].title == "Healthy"
     assert {"reward_good", "score_rose", "win_rate_good"} <= {finding.rule for finding in found}
+
+
+def test_a_win_that_another_judge_denies_is_not_called_one() -> None:
+    won = {"win_rate": 0.9, "win_rate_low": 0.85}
+    rules = [
+        {finding.rule for finding in verdict(RunData(summary=won, wins={"gold": {"win_rate": rate, "high": rate + 0.05}}))}
+        for rate in (0.6, 0.1)
+    ]
+    assert "win_rate_good" in rules[0] and not rules[1] & {"win_rate_good", "healthy"} and "judge_disagrees" in rules[1]
 
 
 def test_what_went_wrong_leads_and_earlier_stages_come_first() -> None:

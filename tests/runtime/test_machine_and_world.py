@@ -16,7 +16,7 @@ from torch import nn
 
 from tercet.runtime.distributed import World
 from tercet.runtime.lock import locked
-from tercet.runtime.machine import resolve
+from tercet.runtime.machine import free_memory, out_of_memory_explained, resolve
 from tercet.runtime.stage import Interrupt
 from tercet.types import TercetError
 
@@ -51,6 +51,38 @@ def test_a_tiny_model_computes_in_float32_on_one_thread() -> None:
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(TercetError, match=r"machine\.device.*cannot be used here.*try auto"):
         resolve(device, "auto", "auto", "auto", 1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "told"),
+    [
+        (
+            "sft",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            r"machine\.microbatch_tokens \(64 now; try 32\)",
+        ),
+        ("sft", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "try 32"),
+        ("ppo", MemoryError(), r"if it was sampling, ppo\.rollout_batch_size \(16 now; try 8\)"),
+    ],
+)
+def test_running_out_of_memory_names_what_to_lower(stage: str, error: Exception, told: str) -> None:
+    with pytest.raises(TercetError, match=rf"stage {stage}: memory ran out.*{told}"), out_of_memory_explained(stage, 64, 16):
+        raise error
+
+
+def test_other_errors_are_left_alone() -> None:
+    with pytest.raises(RuntimeError, match="sizes of tensors"), out_of_memory_explained("sft", 64, 16):
+        raise RuntimeError("sizes of tensors must match")
+
+
+def test_an_allocation_that_really_fails_is_recognised() -> None:
+    with pytest.raises(TercetError, match="memory ran out"), out_of_memory_explained("sft", 64, 16):
+        torch.empty(2**55, dtype=torch.uint8)
+
+
+def test_free_memory_is_below_what_the_machine_has() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert free is None or 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @pytest.mark.parametrize(("threads", "tokens"), [(0, 10), (1, 0)])

@@ -1,0 +1,192 @@
+"""How much memory each stage will need: arithmetic on a model's shape, without its weights.
+
+The rules are those of models/roles.py, models/adapters.py and runtime/optim.py. Measured against real peaks in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from tercet.config import Config
+from tercet.runtime.machine import Machine
+
+MIB, GIB = 2**20, 2**30
+PROCESS = 420 * MIB  # Python with its libraries, before any model
+HEAD_CHUNK = 8_000_000  # logits that algo/logprobs.py holds at a time
+# Small tensors of adapters come to lie between the activations, so that freed memory is not used again whole (GPT-2: 1.5 to 2.1).
+ADAPTER_GAPS = 1.8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the memory of a causal language model follows from.
+
+    parameters: of the whole model; linear: in the linear layers of its trunk; head: in the output layer, which is also the input
+    embedding where `tied`; adapter: inputs plus outputs of those linear layers, so that rank * adapter is an adapter's size.
+    query, key_value: widths of attention's queries and of its keys and values together; inner: of the feed-forward layer, which is
+    `gated` in architectures such as Llama's (three matrices, and RMSNorm) and not in GPT-2's (two, and LayerNorm).
+    """
+
+    parameters: int
+    linear: int
+    head: int
+    tied: bool
+    adapter: int
+    layers: int
+    width: int
+    query: int
+    key_value: int
+    inner: int
+    gated: bool
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any, *, trust_remote_code: bool = False) -> Shape:
+        """The shape of the model that a transformers configuration describes; nothing of its size is allocated."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        text, head = config.get_text_config(), model.get_output_embeddings()
+        modules = [module for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        sizes = [tuple(module.weight.shape) for module in modules]
+        inner = max(max(size) for size in sizes)
+        heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            linear=sum(p.numel() for module in modules for p in module.parameters()),
+            head=head.weight.numel(),
+            tied=head.weight is model.get_input_embeddings().weight,
+            adapter=sum(sum(size) for size in sizes),
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            query=heads * head_size,
+            key_value=2 * (getattr(text, "num_key_value_heads", None) or heads) * head_size,
+            inner=inner,
+            gated=sum(inner in size for size in sizes) > 2 * text.num_hidden_layers,
+            vocabulary=text.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run asks of a model: dtype of matrix products; adapter: its rank, None for full training; tokens: of the largest
+    micro-batch of each stage, padding counted; rows, row_tokens: responses that are sampled together, and the longest text of them."""
+
+    dtype: torch.dtype
+    adapter: int | None
+    tokens: Mapping[str, int]
+    rows: int
+    row_tokens: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one stage at its peak.
+
+    weights: of all models that it holds; training: gradients, Adam's moments and, under bfloat16, float32 originals; working: of a
+    forward and backward pass, or of sampling if that is more; other: the process itself, and merging adapters at the end.
+    """
+
+    stage: str
+    weights: int
+    training: int
+    working: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.training + self.working + self.other
+
+
+def needs(shape: Shape, load: Load) -> list[Need]:
+    """The peak of each stage of `load.tokens`. Not counted: classifiers of another architecture in ppo.rewards."""
+    return [_need(stage, shape, load) for stage in load.tokens]
+
+
+def _need(stage: str, shape: Shape, load: Load) -> Need:
+    adapter = None if stage == "pretrain" else load.adapter
+    policies = {"ppo": 2, "evaluate": 2}.get(stage, 0 if stage == "reward" else 1)  # with the reference
+    scorers = {"reward": 1, "ppo": 2, "evaluate": 2}.get(stage, 0)  # value model and reward model; reward model and judge
+    trained = {"ppo": 2, "evaluate": 0}.get(stage, 1)
+    whole = 4 * shape.parameters
+    half = load.dtype is torch.bfloat16
+    policy, scorer = (_weights(shape, load.dtype, head=head) for head in (True, False))
+    working = _activations(stage, shape, load) if trained else 0
+    if stage in ("reward", "ppo", "evaluate"):
+        working = max(working, _sampling(shape, load))
+    if adapter is None:
+        learned = _wide(load.dtype) * shape.parameters
+        weights = policies * policy + scorers * scorer
+        loading = 0 if trained else whole  # of the last model, where no gradients need the room later
+    else:
+        learned = _wide(load.dtype) * adapter * shape.adapter
+        weights = policy + (trained + (stage == "ppo")) * learned
+        working, loading = int(ADAPTER_GAPS * working), whole
+    originals = learned if half else 0
+    # Gradients of one role are in memory at a time, in float32; two moments for each role that learns.
+    training = trained * (originals + 2 * learned) + (learned if trained else 0)
+    return Need(stage, weights, training, working, PROCESS + loading)
+
+
+def _wide(dtype: torch.dtype) -> int:
+    """Bytes of a number that must not be rounded to half precision."""
+    return 8 if dtype is torch.float64 else 4
+
+
+def _narrow(dtype: torch.dtype) -> int:
+    return 2 if dtype is torch.bfloat16 else _wide(dtype)
+
+
+def _weights(shape: Shape, dtype: torch.dtype, *, head: bool) -> int:
+    """A model as it computes: matrices in dtype, the rest in float32. A scorer's own head is too small to count."""
+    matrices = shape.linear + (shape.head if head else 0)
+    untouched = shape.parameters - shape.linear - (shape.head if head or not shape.tied else 0)
+    return _narrow(dtype) * matrices + _wide(dtype) * untouched
+
+
+def _activations(stage: str, shape: Shape, load: Load) -> int:
+    """What a forward pass keeps for the backward pass, and the head's chunk of logits with its gradients.
+
+    By layer and token: the residual stream and what the norms keep, queries, keys, values and attention's output (float32 also under
+    bfloat16, see models/kernels.py), the inputs of linear layers (each has its own half precision copy), the feed-forward's insides.
+    """
+    wide, narrow = _wide(load.dtype), _narrow(load.dtype)
+    norms = (4 if shape.gated else 2) * shape.width
+    attention = 2 * shape.query + shape.key_value
+    copies = 2 if narrow == wide else 6 if shape.gated else 3
+    layer = wide * (norms + attention) + narrow * (copies * shape.width + (4 if shape.gated else 2) * shape.inner)
+    kept = load.tokens[stage] * shape.layers * layer
+    if stage == "reward":
+        return kept
+    frozen_head = load.adapter is not None and stage != "pretrain"
+    head = HEAD_CHUNK * (3 * wide + narrow) + (0 if frozen_head else 2 * narrow * shape.head)
+    return kept + head
+
+
+def _sampling(shape: Shape, load: Load) -> int:
+    """The key-value cache of a rollout batch, and one step's logits with their exponentials and sums."""
+    cache = load.rows * load.row_tokens * shape.layers * shape.key_value * _narrow(load.dtype)
+    return cache + load.rows * shape.vocabulary * 4 * _wide(load.dtype)
+
+
+def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest_prompt: int) -> Load:
+    """stages: longest text of each supervised stage, in tokens; longest_prompt: of those to sample from."""
+    response = longest_prompt + config.ppo.max_new_tokens
+    batches = {
+        "pretrain": config.pretrain.batch_size,
+        "sft": config.sft.batch_size,
+        "reward": 2 * config.reward.batch_size,
+        "ppo": config.ppo.minibatch,
+        "evaluate": config.ppo.rollout_batch_size,
+    }
+    longest = {**stages, **{stage: response for stage in ("ppo", "evaluate") if stage in stages}}
+    tokens = {stage: max(min(machine.microbatch_tokens, batches[stage] * text), text) for stage, text in longest.items()}
+    adapter = config.model.adapter.rank if config.model.adapter is not None else None
+    return Load(machine.dtype, adapter, tokens, config.ppo.rollout_batch_size, response)

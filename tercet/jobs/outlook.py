@@ -1,0 +1,233 @@
+"""What deserves a look before training: tokenizer, cut texts, lengths, duplicates, leaks, lopsided pairs, memory.
+
+`tercet run` shows the warnings among it, `tercet doctor` all of it. Mistakes that stop a run are in jobs/preflight.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import median
+from typing import Any, Literal
+
+from transformers import AutoConfig
+
+from tercet.config import Config
+from tercet.data.records import judge_split, split
+from tercet.data.template import Template
+from tercet.jobs.memory import GIB, Need, Shape, load_of, needs
+from tercet.runtime.machine import Machine, free_memory
+from tercet.types import Comparison, Demonstration
+
+MANY_CUT = 0.1  # share of texts cut at max_length above which training sees mostly beginnings
+LOPSIDED = 0.65  # share of pairs whose longer response is chosen (or rejected) above which length alone tells a lot
+FEW_COMPARISONS = 200  # as in the verdict's rule reward_few
+LOOKED_AT = 2_000  # records of each file that are tokenised here
+# Which sources hold records of one kind, in the order of the stages: what is trained on, and what is measured on.
+KINDS = {"sft": "eval_sft", "comparisons": "eval_comparisons", "prompts": "eval_prompts"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: "ok", "warning" (the run goes on) or "error" (it would fail)."""
+
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of a sample of one source's texts, in tokens. cut, prompt_cut: how many lost their end, or the prompt's beginning."""
+
+    longest: int
+    mean: float
+    texts: int
+    cut: int
+    prompt_cut: int
+
+
+def outlook(
+    config: Config, stages: Sequence[str], sources: Mapping[str, Any], template: Template, machine: Machine, base: str
+) -> Iterator[Check]:
+    """Every check, in the order of the stages. sources: what preflight.inspect has read."""
+    yield from _tokenizer(template)
+    lengths = {name: measure(name, sources[name], config, template) for name in ("pretrain", *KINDS) if name in sources}
+    yield from _cuts(config, lengths)
+    for name in KINDS:
+        if name in sources:
+            yield from _counts(name, sources, config)
+    if "comparisons" in sources:
+        yield from _comparisons(config, sources["comparisons"])
+    yield from leaks(config, sources)
+    free = free_memory(machine.device)
+    for need in memory(config, stages, lengths, machine, base):
+        if free is not None and need.total > free:
+            yield Check(
+                "warning",
+                f"stage {need.stage} needs about {need.total / GIB:.1f} GiB and {free / GIB:.1f} GiB are free: set model.adapter, lower "
+                "machine.microbatch_tokens, or take a smaller model",
+            )
+
+
+def memory(config: Config, stages: Sequence[str], lengths: Mapping[str, Lengths], machine: Machine, base: str) -> list[Need]:
+    """What each stage needs on this machine, by the lengths of its texts."""
+    limits = {"pretrain": config.pretrain.max_length, "sft": config.sft.max_length, "reward": config.reward.max_length}
+    names = {"pretrain": "pretrain", "sft": "sft", "reward": "comparisons"}
+    texts = {stage: lengths[names[stage]].longest if names.get(stage) in lengths else limits.get(stage, 0) for stage in stages}
+    shape = Shape.of(
+        AutoConfig.from_pretrained(base, trust_remote_code=config.model.trust_remote_code),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    longest_prompt = lengths["prompts"].longest if "prompts" in lengths else config.data.max_prompt_length
+    return needs(shape, load_of(config, machine, texts, longest_prompt))
+
+
+def measure(name: str, records: Sequence[Any], config: Config, template: Template) -> Lengths:
+    """The lengths of at most LOOKED_AT records, evenly spread over the source."""
+    sample = records[:: math.ceil(len(records) / LOOKED_AT)]
+    if name == "prompts":
+        prompts = [template.prompt_ids(record.prompt, record.origin) for record in sample]
+        sizes = [len(prompt.ids) for prompt in prompts]
+        return Lengths(max(sizes), sum(sizes) / len(sizes), len(sizes), 0, sum(prompt.was_cut for prompt in prompts))
+    limit = {"pretrain": config.pretrain, "sft": config.sft, "comparisons": config.reward}[name].max_length
+    encoded = [
+        template.encode(record.prompt, response, max_length=limit, origin=record.origin)
+        for record in sample
+        for response in (record.responses if isinstance(record, Comparison) else [record.response])
+    ]
+    sizes = [len(one.row.ids) for one in encoded]
+    cut, prompt_cut = sum(one.truncated for one in encoded), sum(one.prompt_cut for one in encoded)
+    return Lengths(max(sizes), sum(sizes) / len(sizes), len(sizes), cut, prompt_cut)
+
+
+def _tokenizer(template: Template) -> Iterator[Check]:
+    tokenizer = template.tokenizer
+    bos = "BOS is added at the start" if template.bos_id is not None else "no BOS is added"
+    stops = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(template.stop_ids))
+    yield Check("ok", f"template {template.kind}; {bos}; responses end at {stops}; pads are never read, whatever token they are")
+    if template.kind == "chat":
+        row = template.encode("a", "b").row
+        special = set(tokenizer.all_special_ids) - template.stop_ids
+        stray = [tokenizer.convert_ids_to_tokens(i) for i in row.ids[row.prompt_len : -1] if i in special]
+        if stray:
+            yield Check(
+                "warning",
+                f"the chat template ends a response with {stray[-1]!r}, which is no stop token, so that responses will go on after it: add "
+                "it to ppo.stop, or to eos_token_id in the model's generation_config.json",
+            )
+
+
+def _cuts(config: Config, lengths: Mapping[str, Lengths]) -> Iterator[Check]:
+    limits = {"pretrain": config.pretrain.max_length, "sft": config.sft.max_length, "comparisons": config.reward.max_length}
+    for name, limit in limits.items():
+        if name in lengths:
+            found, stage = lengths[name], "reward" if name == "comparisons" else name
+            many = found.cut > MANY_CUT * found.texts
+            share, advice = f"{found.cut} of {found.texts} texts ({found.cut / found.texts:.1%})", ""
+            if many:
+                advice = " and get no EOS: raise it, or shorten them, or no response is learned to its end"
+            yield Check("warning" if many else "ok", f"{stage}: {share} are cut at {stage}.max_length ({limit}){advice}")
+            yield from _prompt_cuts(stage, found, config)
+    if "prompts" in lengths:
+        found = lengths["prompts"]
+        limit = config.ppo.max_new_tokens
+        yield Check("ok", f"ppo: the longest of {found.texts} prompts has {found.longest} tokens, a response at most {limit}")
+        yield from _prompt_cuts("ppo", found, config)
+
+
+def _prompt_cuts(stage: str, found: Lengths, config: Config) -> Iterator[Check]:
+    if found.prompt_cut > MANY_CUT * found.texts:
+        yield Check(
+            "warning",
+            f"{stage}: {found.prompt_cut} of {found.texts} prompts are cut to their last {config.data.max_prompt_length} tokens: raise "
+            "data.max_prompt_length, or shorten them",
+        )
+
+
+def _counts(name: str, sources: Mapping[str, Any], config: Config) -> Iterator[Check]:
+    train, held_out = _sides(name, sources, config)
+    own = KINDS[name] in sources
+    where = f"data.{KINDS[name]} to measure on" if own else "held out by the prompt's hash"
+    yield Check("ok", f"data.{name}: {len(train)} records to train on and {len(held_out)} {where}")
+    repeated = len(sources[name]) - len({_content(record) for record in sources[name]})
+    if repeated:
+        yield Check(
+            "warning", f"data.{name}: {repeated} records stand there more than once: remove the copies, or they count double"
+        )
+    if not held_out:
+        yield Check(
+            "warning",
+            f"data.{name}: nothing is held out, so nothing can be measured on texts that were not trained on: set data.{KINDS[name]}, or "
+            "give at least 20 records and data.held_out",
+        )
+
+
+def _comparisons(config: Config, records: Any) -> Iterator[Check]:
+    for reason, count in records.dropped.items():
+        yield Check("warning", f"data.comparisons: {count} records are not used because {reason}: repair or remove them")
+    if len(records) < FEW_COMPARISONS:
+        yield Check(
+            "warning",
+            f"data.comparisons: {len(records)} are few; a reward model from under {FEW_COMPARISONS} is mostly noise: collect more",
+        )
+    judge = judge_split(records)[1] if config.reward.judge else []
+    second = (
+        f"about {len(judge)} comparisons go to a second reward model that judges the first" if judge else "no second reward model"
+    )
+    yield Check("ok", f"reward: {second}")
+    pairs = [
+        (len(better), len(worse))
+        for record in records
+        for better, rank in zip(record.responses, record.ranks)
+        for worse, other in zip(record.responses, record.ranks)
+        if rank < other
+    ]
+    longer = sum((better > worse) + (better == worse) / 2 for better, worse in pairs) / len(pairs)
+    ratio = median(better for better, _ in pairs) / max(1, median(worse for _, worse in pairs))
+    lopsided = max(longer, 1 - longer) > LOPSIDED
+    advice = ": balance the lengths, or the reward model will learn to count words and PPO to use that" if lopsided else ""
+    yield Check(
+        "warning" if lopsided else "ok",
+        f"reward: the preferred response is the longer one in {longer:.0%} of pairs (median length ratio {ratio:.2f}){advice}",
+    )
+
+
+def leaks(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:
+    """A warning for each set of held-out records whose prompts stand in a file of the same or an earlier stage: what is measured on them
+    has learned from them."""
+    sides = {name: _sides(name, sources, config) for name in KINDS if name in sources}
+    trained = {name: {_asked(record) for record in train} for name, (train, _) in sides.items()}
+    for place, (name, (_, held_out)) in enumerate(sides.items()):
+        asked = {_asked(record) for record in held_out}
+        found = {other: len(asked & trained[other]) for other in list(sides)[: place + 1] if asked & trained[other]}
+        if found:
+            title = f"data.{KINDS[name]}" if KINDS[name] in sources else f"the held-out part of data.{name}"
+            where = ", ".join(f"{count} in data.{other}" for other, count in found.items())
+            yield Check(
+                "warning",
+                f"of the {len(asked)} prompts of {title} some are trained on too ({where}): what is measured on them is not held out; "
+                "remove them from one side",
+            )
+
+
+def _sides(name: str, sources: Mapping[str, Any], config: Config) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Records to train on, and held out."""
+    if KINDS[name] in sources:
+        return sources[name], sources[KINDS[name]]
+    return split(sources[name], config.data.held_out)
+
+
+def _asked(record: Any) -> str:
+    """A record's prompt as a text; of a record that is one text, that text."""
+    if isinstance(record, Demonstration) and record.prompt == "":
+        return record.response.strip()
+    if isinstance(record.prompt, str):
+        return str(record.prompt).strip()
+    turns: Iterable[str] = chain.from_iterable((turn.role, turn.content) for turn in record.prompt)
+    return record.prompt[0].content.strip() if len(record.prompt) == 1 else "\0".join(turns)
+
+
+def _content(record: Any) -> object:
+    return (record.prompt, getattr(record, "response", None), getattr(record, "responses", None), getattr(record, "ranks", None))

@@ -1,0 +1,243 @@
+"""The memory calculator: published sizes, arithmetic by hand, what torch really keeps, and peaks of real processes.
+
+docs/memory.md holds its table; to write it anew: python tests/jobs/test_memory.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tercet.config import load_config
+from tercet.jobs.memory import GIB, MIB, PROCESS, Load, Shape, _activations, load_of, needs
+from tercet.models.roles import Policy
+from tercet.runtime.machine import Machine
+
+DOCUMENT = Path(__file__).parents[2] / "docs/memory.md"
+LLAMA = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128}
+# name -> (architecture, settings of its published config.json, parameters that its model page gives)
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "GPT-2": ("gpt2", {}, 124_439_808),
+    "Qwen2.5-0.5B": (
+        "qwen2",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 896,
+            "intermediate_size": 4_864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        494_032_768,
+    ),
+    "Llama-3.2-3B": (
+        "llama",
+        LLAMA
+        | {
+            "hidden_size": 3_072,
+            "intermediate_size": 8_192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "tie_word_embeddings": True,
+        },
+        3_212_749_824,
+    ),
+    "Llama-3.1-8B": (
+        "llama",
+        LLAMA
+        | {
+            "hidden_size": 4_096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "tie_word_embeddings": False,
+        },
+        8_030_261_248,
+    ),
+}
+
+
+def shape_of(name: str) -> Shape:
+    architecture, settings, _ = PUBLISHED[name]
+    return Shape.of(AutoConfig.for_model(architecture, **settings))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_that_are_published(name: str) -> None:
+    shape = shape_of(name)
+    assert shape.parameters == PUBLISHED[name][2]
+    assert shape.tied == (name != "Llama-3.1-8B") and shape.gated == (name != "GPT-2")
+
+
+def test_the_shape_of_gpt2_by_hand() -> None:
+    layer = (768 + 1) * 2304 + (768 + 1) * 768 + (768 + 1) * 3072 + (3072 + 1) * 768
+    assert shape_of("GPT-2") == Shape(
+        parameters=124_439_808,
+        linear=12 * layer,
+        head=50_257 * 768,
+        tied=True,
+        adapter=12 * (768 + 2304 + 768 + 768 + 768 + 3072 + 3072 + 768),
+        layers=12,
+        width=768,
+        query=768,
+        key_value=2 * 768,
+        inner=3072,
+        gated=False,
+        vocabulary=50_257,
+    )
+
+
+def test_keys_and_values_of_grouped_queries_are_narrower() -> None:
+    shape = shape_of("Llama-3.2-3B")
+    assert (shape.query, shape.key_value, shape.inner) == (24 * 128, 2 * 8 * 128, 8_192)
+
+
+def test_weights_and_training_state_by_hand() -> None:
+    shape, tokens = shape_of("GPT-2"), {"sft": 10, "reward": 10, "ppo": 10, "evaluate": 10}
+    p, position_and_norms = 124_439_808, 1024 * 768 + 25 * 2 * 768
+    assert shape.parameters - shape.linear - shape.head == position_and_norms
+    wide = {need.stage: need for need in needs(shape, Load(torch.float32, None, tokens, 1, 1))}
+    # float32: weights, and for each role that learns two moments; gradients of one role at a time
+    assert (wide["sft"].weights, wide["sft"].training) == (4 * p, 12 * p)
+    assert (wide["ppo"].weights, wide["ppo"].training) == (2 * 4 * p + 2 * 4 * (p), 2 * 8 * p + 4 * p)
+    assert (wide["evaluate"].training, wide["evaluate"].other) == (0, PROCESS + 4 * p)
+    half = {need.stage: need for need in needs(shape, Load(torch.bfloat16, None, tokens, 1, 1))}
+    policy = 2 * (shape.linear + shape.head) + 4 * position_and_norms
+    scorer = 2 * shape.linear + 4 * (p - shape.linear)  # the embedding is no head there: it stays in float32
+    assert (half["sft"].weights, half["sft"].training) == (policy, 16 * p)  # float32 originals, two moments, gradients
+    assert (half["ppo"].weights, half["ppo"].training) == (2 * policy + 2 * scorer, 2 * 12 * p + 4 * p)
+    shared = {need.stage: need for need in needs(shape, Load(torch.bfloat16, 16, tokens, 1, 1))}
+    adapter = 4 * 16 * shape.adapter
+    assert (shared["ppo"].weights, shared["ppo"].training) == (policy + 3 * adapter, 2 * 3 * adapter + adapter)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: str, dtype: torch.dtype) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
+    if architecture == "gpt2":
+        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        sizes |= {"intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None}
+    config = AutoConfig.for_model(architecture, **{**sizes, "bos_token_id": 0, "eos_token_id": 0})
+    policy = Policy(AutoModelForCausalLM.from_config(config).eval(), dtype)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), policy.autocast():
+        states = policy.model.base_model(input_ids=torch.zeros(8, 32, dtype=torch.long), use_cache=False).last_hidden_state
+    assert states.requires_grad
+    load = Load(dtype, None, {"reward": 8 * 32}, 1, 1)  # the reward stage: no head in it
+    assert _activations("reward", Shape.of(config), load) == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_what_a_run_asks_of_a_model() -> None:
+    config = load_config(
+        {
+            "model": {"name": "x", "adapter": {"rank": 4}},
+            "sft": {"batch_size": 8},
+            "reward": {"batch_size": 3},
+            "ppo": {"rollout_batch_size": 32, "minibatch_size": 4, "max_new_tokens": 10},
+        }
+    )
+    machine = Machine(torch.device("cpu"), torch.float32, 1, 500)
+    load = load_of(config, machine, {"sft": 70, "reward": 50, "ppo": 0}, longest_prompt=20)
+    # sft: 8 x 70 is more than a micro-batch; reward: two responses a comparison; ppo: 4 x (20 + 10)
+    assert load == Load(torch.float32, 4, {"sft": 500, "reward": 300, "ppo": 120}, 32, 30)
+
+
+def table() -> str:
+    """Peaks in GiB, bfloat16, micro-batches of 2,048 tokens, 64 responses of at most 512 tokens sampled together."""
+    lines = ["| model | training | SFT | reward model | PPO |", "|---|---|---|---|---|"]
+    for name in PUBLISHED:
+        shape, tokens = shape_of(name), dict.fromkeys(("sft", "reward", "ppo"), 2_048)
+        for kind, rank in (("all weights", None), ("adapters, rank 16", 16)):
+            found = [f"{need.total / GIB:.1f}" for need in needs(shape, Load(torch.bfloat16, rank, tokens, 64, 512))]
+            lines.append(f"| {name} | {kind} | {' | '.join(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_document_has_the_table() -> None:
+    assert table() in DOCUMENT.read_text(encoding="utf-8"), "write it anew, see above"
+
+
+RUN = """
+import sys
+from tercet.config import load_config
+from tercet.pipeline import Pipeline
+Pipeline(load_config(sys.argv[1])).run([sys.argv[2]])
+"""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("adapter", [None, {"rank": 16}], ids=["all weights", "adapters"])
+@pytest.mark.parametrize(
+    ("layers", "width"),
+    [pytest.param(8, 512, marks=pytest.mark.slow, id="51 M"), pytest.param(12, 768, marks=pytest.mark.full, id="GPT-2")],
+)
+def test_measured_peaks_are_within_15_percent(
+    layers: int, width: int, adapter: dict[str, int] | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """GPT-2's shape or a smaller one, random weights, a process a stage, in the precision that this machine chooses."""
+    from conftest import write_jsonl
+    from transformers import GPT2LMHeadModel
+    from transformers.models.gpt2 import GPT2Config
+
+    from tercet.models.load import save_policy, train_tokenizer
+
+    words = [f"word{i}" for i in range(300)]
+    texts = [" ".join(words[(7 * i + 3 * j) % 300] for j in range(40)) for i in range(64)]
+    shape = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, bos_token_id=0, eos_token_id=0)
+    tokenizer = train_tokenizer(texts, 600)
+    save_policy(GPT2LMHeadModel(shape), tokenizer, tmp_path / "model", temperature=1.0, stop_ids=[0], card="random")
+    data = {
+        "sft": write_jsonl(tmp_path / "s.jsonl", ({"prompt": "word1 word2", "response": text} for text in texts)),
+        "comparisons": write_jsonl(tmp_path / "c.jsonl", ({"prompt": "a", "chosen": t, "rejected": t[9:]} for t in texts)),
+        "prompts": write_jsonl(tmp_path / "p.jsonl", ({"prompt": f"word{i} word{i + 1}"} for i in range(64))),
+    }
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": {"name": str(tmp_path / "model"), "adapter": adapter},
+        "data": {**{name: str(path) for name, path in data.items()}, "held_out": 0},
+        "sft": {"epochs": 1, "batch_size": 32, "max_length": 64},
+        "reward": {"epochs": 1, "batch_size": 16, "max_length": 64, "normalise_samples": 8},
+        "ppo": {"iterations": 2, "rollout_batch_size": 32, "max_new_tokens": 48, "ppo_epochs": 1},
+        "machine": {"device": "cpu", "threads": 1, "microbatch_tokens": 2048},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    (tmp_path / "run.py").write_text(RUN)
+    measured = {}
+    for stage in ("sft", "reward", "ppo"):
+        process = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "run.yaml", stage], stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0
+        measured[stage] = used.ru_maxrss * 1024
+    config = load_config(tmp_path / "run/config.yaml")
+    machine = Machine(torch.device("cpu"), getattr(torch, config.machine.dtype), 1, 2048)
+    lengths = {"sft": 64, "reward": 64, "ppo": 0}
+    expected = {need.stage: need.total for need in needs(Shape.of(shape), load_of(config, machine, lengths, 8))}
+    for stage, peak in measured.items():
+        print(f"{request.node.callspec.id} {stage}: computed {expected[stage] / MIB:.0f} MiB, measured {peak / MIB:.0f} MiB")
+    assert expected == pytest.approx(measured, rel=0.15)
+
+
+if __name__ == "__main__":
+    text = DOCUMENT.read_text(encoding="utf-8")
+    start = text.index("| model | training |")
+    end = text.index("\n\n", start) + 1
+    DOCUMENT.write_text(text[:start] + table() + text[end:], encoding="utf-8")

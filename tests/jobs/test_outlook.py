@@ -1,0 +1,152 @@
+"""tercet/jobs/outlook.py: each thing that deserves a warning is found, and its absence is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import bpe_tokenizer, causal_lm
+
+from tercet.config import load_config
+from tercet.data.records import Records
+from tercet.data.template import Template
+from tercet.jobs import outlook as module
+from tercet.jobs.outlook import leaks, measure, outlook
+from tercet.runtime.machine import Machine
+from tercet.types import Comparison, Demonstration, Message, Prompt
+
+CPU = Machine(torch.device("cpu"), torch.float32, 1, 64)
+
+
+def demonstrations(count: int, words: int = 3) -> Records[Demonstration]:
+    return Records(Demonstration(f"Question {i}?", "b " * words, f"s:{i}") for i in range(count))
+
+
+def comparisons(count: int, better: int = 2, worse: int = 2) -> Records[Comparison]:
+    return Records(
+        Comparison(f"Pair {i}?", ("y " * (better + i % 2), "n " * (worse + (i + 1) % 2)), (0, 1), 0.0, {}, f"c:{i}")
+        for i in range(count)
+    )
+
+
+def prompts(count: int, text: str = "What is {}?") -> Records[Prompt]:
+    return Records(Prompt(text.format(i), {}, f"p:{i}") for i in range(count))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    causal_lm("gpt2").save_pretrained(folder)
+    return str(folder)
+
+
+def warnings(base: str, sources: dict[str, Any], settings: dict[str, Any] | None = None, **tokenizer: Any) -> list[str]:
+    config = load_config({"model": {"name": base}, "data": {"max_prompt_length": 16}, **(settings or {})})
+    made = bpe_tokenizer(**tokenizer)
+    template = Template(made, config.model.template, 16)
+    stages = ["sft", "reward", "ppo"]
+    return [check.text for check in outlook(config, stages, sources, template, CPU, base) if check.level == "warning"]
+
+
+def sound() -> dict[str, Any]:
+    return {"sft": demonstrations(40), "comparisons": comparisons(300), "prompts": prompts(40)}
+
+
+def test_sound_data_give_no_warning(base: str) -> None:
+    assert warnings(base, sound()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "told"),
+    [
+        ({"sft": demonstrations(40, words=30)}, {"sft": {"max_length": 32}}, ["40 of 40 texts", "raise it"]),
+        ({"comparisons": comparisons(300, 30, 30)}, {"reward": {"max_length": 32}}, ["reward: 600 of 600 texts", "raise it"]),
+        ({"prompts": prompts(40, "why " * 20 + "{}")}, {}, ["ppo: 40 of 40 prompts are cut", "data.max_prompt_length"]),
+        ({"comparisons": comparisons(300, better=9)}, {}, ["the longer one in 100% of pairs", "balance the lengths"]),
+        ({"comparisons": comparisons(300, worse=9)}, {}, ["the longer one in 0% of pairs"]),
+        ({"comparisons": comparisons(50)}, {}, ["50 are few", "collect more"]),
+        ({"comparisons": Records(comparisons(300), {"they are odd": 4})}, {}, ["4 records are not used because they are odd"]),
+        ({"sft": Records([*demonstrations(40), *demonstrations(2)])}, {}, ["2 records stand there more than once", "remove"]),
+        ({"prompts": prompts(10)}, {}, ["data.prompts: nothing is held out", "data.eval_prompts"]),
+    ],
+)
+def test_each_fault_is_named_with_what_to_do(base: str, change: Any, settings: dict[str, Any], told: Sequence[str]) -> None:
+    found = warnings(base, sound() | change, settings)
+    assert len(found) == 1 and all(part in found[0] for part in told), found
+
+
+def test_pairs_of_one_length_are_not_lopsided(base: str) -> None:
+    even = Records(Comparison(f"Pair {i}?", ("y" * 5, "n" * 5), (0, 1), 0.0, {}, f"c:{i}") for i in range(300))
+    assert warnings(base, sound() | {"comparisons": even}) == []
+
+
+def test_more_memory_than_is_free_is_warned_of(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: 10 * 2**20)
+    found = warnings(base, sound())
+    assert [text.split(" needs")[0] for text in found] == ["stage sft", "stage reward", "stage ppo"]
+    assert "0.0 GiB are free" in found[0] and "machine.microbatch_tokens" in found[0]
+    monkeypatch.setattr(module, "free_memory", lambda device: None)
+    assert warnings(base, sound()) == []
+
+
+def test_a_chat_template_whose_end_is_no_stop_is_warned_of(base: str) -> None:
+    chat = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    options = {"chat_template": chat, "additional_special_tokens": ["<|im_end|>"]}
+    found = warnings(base, sound(), {"model": {"name": base, "template": "chat"}}, **options)
+    assert any("'<|im_end|>', which is no stop token" in text and "ppo.stop" in text for text in found), found
+    ended = chat.replace("<|im_end|>", "<|endoftext|>")
+    found = warnings(base, sound(), {"model": {"name": base, "template": "chat"}}, chat_template=ended)
+    assert not any("no stop token" in text for text in found)
+
+
+def found_leaks(sources: dict[str, Any]) -> list[str]:
+    return [check.text for check in leaks(load_config({"model": {"name": "x"}}), sources)]
+
+
+def test_a_prompt_on_both_sides_is_found_in_every_kind_of_data() -> None:
+    for name, records in (("sft", demonstrations), ("comparisons", comparisons), ("prompts", prompts)):
+        kept = {name: records(30), module.KINDS[name]: Records(records(60)[40:])}
+        assert found_leaks(kept) == []
+        both = kept | {module.KINDS[name]: Records(records(60)[27:])}  # 27, 28 and 29 are trained on
+        told = found_leaks(both)
+        assert (
+            len(told) == 1 and f"of the 33 prompts of data.{module.KINDS[name]}" in told[0] and f"(3 in data.{name})" in told[0]
+        )
+
+
+def test_an_earlier_stage_may_not_have_seen_them_either_and_a_later_one_may() -> None:
+    asked = Records(Prompt(f"Question {i}?", {}, "") for i in range(5))
+    told = found_leaks({"sft": demonstrations(30), "eval_sft": demonstrations(0), "prompts": prompts(30), "eval_prompts": asked})
+    assert len(told) == 1 and "(5 in data.sft)" in told[0]
+    shown = Records(Demonstration(f"What is {i}?", "x", "") for i in range(5))
+    assert found_leaks({"sft": demonstrations(30), "eval_sft": shown, "prompts": prompts(30), "eval_prompts": prompts(0)}) == []
+
+
+def test_what_is_split_by_hash_does_not_leak_and_turns_count_as_text() -> None:
+    same = [f"Question {i}?" for i in range(200)]
+    sources = {
+        "sft": Records(Demonstration(text, "x", "") for text in same),
+        "prompts": Records(Prompt((Message("user", f" {text}"),), {}, "") for text in same),
+    }
+    assert found_leaks(sources) == []
+    told = found_leaks(sources | {"eval_prompts": Records([Prompt("Question 3?", {}, "")])})
+    assert len(told) == 1 and "1 in data.sft, 1 in data.prompts" in told[0]
+
+
+def test_texts_without_a_prompt_are_compared_by_themselves() -> None:
+    texts = Records(Demonstration("", f"text {i}", "") for i in range(30))
+    assert found_leaks({"sft": texts, "eval_sft": Records([Demonstration("", "another", "")])}) == []
+    assert len(found_leaks({"sft": texts, "eval_sft": Records([Demonstration("", "text 3", "")])})) == 1
+
+
+def test_a_large_file_is_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOKED_AT", 10)
+    config = load_config({"model": {"name": "x"}, "sft": {"max_length": 8}})
+    records = Records([*demonstrations(15, words=1), *demonstrations(15, words=30)])
+    found = measure("sft", records, config, Template(bpe_tokenizer(), "plain", 16))
+    assert (found.texts, found.longest, found.cut) == (10, 8, 10)
