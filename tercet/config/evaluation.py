@@ -69,3 +69,6 @@ class MachineConfig(Section):
     microbatch_tokens: Literal["auto"] | Count = setting(
         "auto", "tokens per forward, padding counted; lower it when memory runs out"
     )
+    activation_checkpointing: bool = setting(
+        False, "compute each layer's activations again in the backward pass: about a quarter slower, in far less memory"
+    )

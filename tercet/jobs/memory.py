@@ -77,13 +77,15 @@ class Shape:
 @dataclass(frozen=True)
 class Load:
     """What a run asks of a model: dtype of matrix products; adapter: its rank, None for full training; tokens: of the largest
-    micro-batch of each stage, padding counted; rows, row_tokens: responses that are sampled together, and the longest text of them."""
+    micro-batch of each stage, padding counted; rows, row_tokens: responses that are sampled together, and the longest text of them;
+    recompute: whether layers keep their inputs alone."""
 
     dtype: torch.dtype
     adapter: int | None
     tokens: Mapping[str, int]
     rows: int
     row_tokens: int
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _activations(stage: str, shape: Shape, load: Load) -> int:
     attention = 2 * shape.query + shape.key_value
     copies = 2 if narrow == wide else 6 if shape.gated else 3
     layer = wide * (norms + attention) + narrow * (copies * shape.width + (4 if shape.gated else 2) * shape.inner)
-    kept = load.tokens[stage] * shape.layers * layer
+    kept = load.tokens[stage] * (layer + shape.layers * wide * shape.width if load.recompute else shape.layers * layer)
     if stage == "reward":
         return kept
     frozen_head = load.adapter is not None and stage != "pretrain"
@@ -189,4 +191,5 @@ def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest
     longest = {**stages, **{stage: response for stage in ("ppo", "evaluate") if stage in stages}}
     tokens = {stage: max(min(machine.microbatch_tokens, batches[stage] * text), text) for stage, text in longest.items()}
     adapter = config.model.adapter.rank if config.model.adapter is not None else None
-    return Load(machine.dtype, adapter, tokens, config.ppo.rollout_batch_size, response)
+    recompute = config.machine.activation_checkpointing
+    return Load(machine.dtype, adapter, tokens, config.ppo.rollout_batch_size, response, recompute)

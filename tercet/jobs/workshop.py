@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from tercet.data.records import read_prompts, split
 from tercet.data.template import Template, response_text
 from tercet.generation.native import NativeGenerator
 from tercet.models.adapters import Backbone, Rank
+from tercet.models.kernels import recompute_activations
 from tercet.models.load import (
     check_vocabulary,
     context_length,
@@ -40,6 +41,8 @@ from tercet.scoring.function import FunctionScorer, RewardFunction, load_functio
 from tercet.scoring.model import ClassifierScorer, RewardModelScorer
 from tercet.stages.rollout import PromptSet
 from tercet.types import Prompt, TercetError
+
+Role = TypeVar("Role", Policy, ScoreModel)
 
 
 @dataclass
@@ -102,15 +105,21 @@ class Workshop:
         """A policy to train, or frozen. With model.adapter it shares a backbone, unless `whole`."""
         if self.config.model.adapter is not None and not whole:
             if not frozen:
-                return self.backbone(source).policy(seed=self.config.seed).eval()
+                return self._to_train(self.backbone(source).policy(seed=self.config.seed).eval())
             if source == self.sft_source:
                 return self.backbone(source).reference
         policy = Policy(self._causal_lm(source, dropout), self.machine.dtype).eval()
         if policy.own_logits:
             console.print(f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)")
-        if frozen:
-            policy.freeze()
+        if not frozen:
+            return self._to_train(policy)
+        policy.freeze()
         return policy
+
+    def _to_train(self, role: Role) -> Role:
+        if self.config.machine.activation_checkpointing:
+            recompute_activations(role.model)
+        return role
 
     def _causal_lm(self, source: str, dropout: float = 0.0) -> PreTrainedModel:
         model = load_causal_lm(source, dropout=dropout, trust_remote_code=self.config.model.trust_remote_code)
@@ -123,13 +132,12 @@ class Workshop:
         if self.config.model.adapter is not None and own:
             folder = None if num_labels is not None else adapter_folder(Path(source))
             scorer = self.backbone(self.sft_source).scorer(folder, seed=self.config.seed).eval()
-            if frozen:
-                scorer.freeze()
-            return scorer
-        model = load_classifier(source, num_labels=num_labels, trust_remote_code=self.config.model.trust_remote_code)
-        scorer = ScoreModel(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
-        if frozen:
-            scorer.freeze()
+        else:
+            model = load_classifier(source, num_labels=num_labels, trust_remote_code=self.config.model.trust_remote_code)
+            scorer = ScoreModel(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
+        if not frozen:
+            return self._to_train(scorer)
+        scorer.freeze()
         return scorer
 
     def generator(self, policy: Policy) -> NativeGenerator:

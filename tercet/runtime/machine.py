@@ -129,7 +129,7 @@ def out_of_memory_explained(stage: str, microbatch_tokens: int, rollout_batch_si
         first = (text.strip() or type(error).__name__).splitlines()[0][:200]
         raise TercetError(
             f"stage {stage}: memory ran out ({first}). What was finished and the last checkpoint are kept: lower {settings}; "
-            "`tercet doctor` shows what each stage needs, and model.adapter needs least"
+            "`tercet doctor` shows what each stage needs; machine.activation_checkpointing needs less, model.adapter least"
         ) from error
 
 

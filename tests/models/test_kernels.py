@@ -9,7 +9,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from tercet.models.kernels import fuse_activations, packed_weights, use_fast_products, use_float32_attention
+from tercet.models.kernels import (
+    fuse_activations,
+    packed_weights,
+    recompute_activations,
+    use_fast_products,
+    use_float32_attention,
+)
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -123,3 +129,36 @@ def test_packed_weights_are_anew_after_a_step():
             after = model(x)
         torch.testing.assert_close(after, model(x), rtol=0.02, atol=0.05)
     assert not torch.allclose(after, before, rtol=0.1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputed_activations_give_the_same_gradients_from_less_memory(autocast: bool):
+    kept, recomputed = gpt2(), gpt2()
+    recompute_activations(recomputed)
+    ids = torch.randint(0, 50, (3, 11))
+    sizes = []
+    for model in (kept, recomputed):
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=ids, use_cache=False).logits.float().square().sum()
+            forward = sum(saved.values())
+            loss.backward()
+        sizes.append(forward)
+    for one, other in zip(kept.parameters(), recomputed.parameters()):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+    assert sizes[1] < 0.6 * sizes[0], "two layers' insides are gone; the head's logits and the weights stay"
+
+
+def test_recomputing_leaves_sampling_with_a_cache_alone():
+    plain, recomputed = gpt2(), gpt2()
+    recompute_activations(recomputed)
+    with torch.no_grad():
+        outputs = [model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True) for model in (plain, recomputed)]
+    assert outputs[1].past_key_values.get_seq_length() == 3
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
