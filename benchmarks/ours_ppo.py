@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from protocol import Turns
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from workloads import EOS, WORKLOADS
+from workloads import EOS, workload_of
 
 from tercet.config.ppo import PPOConfig
 from tercet.data.batches import microbatches
@@ -30,7 +30,7 @@ from tercet.stages.rollout import Actors, PromptSet
 
 
 def main(folder: Path, name: str, dtype: str) -> None:
-    turns, workload = Turns(), WORKLOADS[name]
+    turns, workload = Turns(), workload_of(name)
 
     def load() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,8 +46,16 @@ WORKLOADS = {
         Workload("tiny", 4, 128, 4, 2_048, batch=32, new_tokens=48, epochs=4, microbatch=8),
         Workload("gpt2", 12, 768, 12, 50_257, batch=16, new_tokens=48, epochs=2, microbatch=4),
         Workload("ragged", 12, 768, 12, 50_257, batch=16, new_tokens=96, epochs=2, microbatch=4, mean_length=20.0),
+        Workload("small", 4, 256, 4, 8_192, batch=64, new_tokens=64, epochs=1, microbatch=64),
     )
 }
+
+
+def workload_of(name: str) -> Workload:
+    """One of WORKLOADS, or a changed one: "small@batch=256"."""
+    base, *changes = name.split("@")
+    numbers = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
+    return replace(WORKLOADS[base], name=name, **numbers)  # type: ignore[arg-type]
 
 
 def config_of(workload: Workload) -> GPT2Config:

@@ -91,7 +91,7 @@ def world(seed: int) -> tuple[Oracle, Actors]:
     A first token is judged by what follows it, so a garden path can lead up to the best response. Where prefixes look alike, what
     PPO learns after one prompt drags the others onto such a path, even with exact gradients; so attention is made strong here.
     """
-    actors = tiny.actors_of(seed=seed, steps=STEPS)
+    actors = tiny.actors_of(seed=seed, steps=STEPS, width=16)
     for policy in (actors.policy, actors.ref_policy):
         body = policy.model.transformer
         with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_gradient_of_sampled_rollouts_points_the_same_way(tmp_path: Path) -> N
     """The same through sampling, `collect` and `update`, with the policy away from the reference and a learned baseline."""
     oracle, actors = world(0)
     shift(actors.policy, 0.1)
-    learn_values(actors, tmp_path, iterations=30)
+    learn_values(actors, tmp_path, iterations=30, kl_coef=0.2)
     config = tiny.ppo_config(
         rollout_batch_size=20_000, ppo_epochs=1, whiten_advantages=False, gae_lambda=1.0, max_new_tokens=STEPS
     )
@@ -232,13 +232,14 @@ def train(
     return {"closed": closed, "exact_kl": oracle.kl(model), "seconds": seconds, **metrics}
 
 
-# Small steps in many directions at once. A step limit of 2 %, reached within ten epochs, lets tokens late in a response learn as
-# fast as the first one, which would else be decided before it is known what can follow it.
+# Small steps in many directions at once. A step limit of 2 %, reached within the epochs, lets tokens late in a response learn as
+# fast as the first one, which would else be decided before it is known what can follow it: plain ascent on the exact J (Adam, no
+# samples) ends on garden paths and closes only 84 % for seed 0 at kl_coef 0.05. Narrow models, so that there is time for samples.
 SETTINGS = {
-    "rollout_batch_size": 512,
-    "ppo_epochs": 10,
-    "learning_rate": 3e-3,
-    "value_learning_rate": 3e-3,
+    "rollout_batch_size": 1024,
+    "ppo_epochs": 8,
+    "learning_rate": 8e-3,
+    "value_learning_rate": 8e-3,
     "clip_range": 0.02,
     "gae_lambda": 1.0,
     "whiten_advantages": False,
@@ -249,12 +250,12 @@ SETTINGS = {
 def test_c_ppo_nears_the_optimum(tmp_path: Path) -> None:
     """The quick cell of the table below: most of the way in a few iterations."""
     oracle, actors = world(0)
-    options = {"rollout_batch_size": 128, "ppo_epochs": 2, "learning_rate": 3e-3, "value_clip_range": None}
+    options = {"rollout_batch_size": 128, "ppo_epochs": 2, "learning_rate": 8e-3, "value_clip_range": None}
     assert train(oracle, actors, tmp_path, 1.0, 60, 0, **options)["closed"] > 0.7
 
 
 CELLS = [
-    pytest.param(kl_coef, wanted, seed, marks=pytest.mark.full)
+    pytest.param(kl_coef, wanted, seed, marks=pytest.mark.slow if (kl_coef, seed) == (0.2, 0) else pytest.mark.full)
     for kl_coef, wanted in ((1.0, 0.97), (0.2, 0.97), (0.05, 0.95))
     for seed in range(3)
 ]
@@ -265,7 +266,7 @@ CELLS = [
 def test_c_ppo_closes_the_gap_to_the_optimum(tmp_path: Path, kl_coef: float, wanted: float, seed: int) -> None:
     """Of J* - J(pi_ref), the share that PPO closes from pi_ref."""
     oracle, actors = world(seed)
-    assert train(oracle, actors, tmp_path, kl_coef, 120, seed, **SETTINGS)["closed"] >= wanted
+    assert train(oracle, actors, tmp_path, kl_coef, 80, seed, **SETTINGS)["closed"] >= wanted
 
 
 def test_d_a_huge_coefficient_keeps_the_policy_at_the_reference(tmp_path: Path) -> None:
@@ -290,17 +291,21 @@ def exact_values(oracle: Oracle, model: nn.Module, kl_coef: float) -> dict[tuple
     return {key: sum(parts) for key, parts in values.items()}
 
 
-def learn_values(actors: Actors, folder: Path, iterations: int) -> None:
-    """Train the value model alone, on the returns of the frozen policy with kl_coef 0.2."""
+def learn_values(actors: Actors, folder: Path, iterations: int, kl_coef: float) -> None:
+    """Train the value model alone, on the returns of the frozen policy.
+
+    Many small steps on fresh samples: with fewer or larger ones the regression settles further off.
+    """
     config = tiny.ppo_config(
         iterations=iterations,
-        rollout_batch_size=512,
+        rollout_batch_size=2048,
+        minibatch_size=128,
         max_new_tokens=STEPS,
-        kl={"coef": 0.2},
+        kl={"coef": kl_coef},
         gae_lambda=1.0,
         value_clip_range=None,
-        value_learning_rate=4e-3,
-        ppo_epochs=4,
+        value_learning_rate=2e-3,
+        ppo_epochs=3,
         save_rollouts_every=0,
     ).model_copy(update={"value_warmup_iterations": iterations})
     before = tiny.weights(actors.policy)
@@ -308,14 +313,14 @@ def learn_values(actors: Actors, folder: Path, iterations: int) -> None:
     assert tiny.largest_gap(before, tiny.weights(actors.policy)) == 0.0
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_e_the_value_model_of_a_frozen_policy_converges_to_the_exact_expected_return(tmp_path: Path) -> None:
-    """The policy is away from the reference, so that the KL penalty is part of the return. Every prefix counts the same."""
+    """The policy is away from the reference, so that leaving out the KL penalty would show (0.06). Every prefix counts the same."""
     oracle, actors = world(0)
     shift(actors.policy, 0.05)
-    learn_values(actors, tmp_path, iterations=150)
-    wanted = exact_values(oracle, actors.policy.model, 0.2)
+    learn_values(actors, tmp_path, iterations=60, kl_coef=1.0)
+    wanted = exact_values(oracle, actors.policy.model, 1.0)
     with torch.no_grad():
         found = actors.value_model(tiny.sequences_of(PAIRS), per_token=True)
     errors = {
