@@ -32,10 +32,13 @@ def disturb(config: Path, number: int, rng: random.Random, undisturbed: Undistur
         if process.ended_before(rng.uniform(0.02, 0.7) * undisturbed.cpu_seconds):
             assert process.wait() == 0, process.output()[-2000:]
             break
-        struck[stage_of(config.parent / "run")] += 1
+        stage = stage_of(config.parent / "run")
         process.signal(number)
         status = process.wait()
-        assert status in {signal.SIGKILL: {-9}, signal.SIGTERM: {-15, 130, 0}}[signal.Signals(number)], process.output()[-2000:]
+        if status == 0:  # it had just come to its end
+            break
+        struck[stage] += 1
+        assert status in {signal.SIGKILL: {-9}, signal.SIGTERM: {-15, 130}}[signal.Signals(number)], process.output()[-2000:]
         assert "Traceback" not in process.output()
         assert torn(config.parent / "run") == []
     finish(config, undisturbed)
