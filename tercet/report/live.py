@@ -26,7 +26,12 @@ class Watch:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """Cause -> sentence of what has come true with this line."""
-        self._run.metrics["ppo"].append(dict(row))
+        rows = self._run.metrics["ppo"]
+        rows.append(dict(row))
+        if len(rows) % max(
+            1, len(rows) // 100
+        ):  # a long run is looked at every hundredth of it, or looking would cost more and more
+            return {}
         findings = [finding for rule in (*LIVE_RULES, *_PATIENT) for finding in rule(self._run)]
         new = {one.rule: f"{one.title}. {one.text} {one.advice}" for one in findings if one.rule not in self._said}
         self._said |= set(new)

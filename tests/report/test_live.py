@@ -101,3 +101,13 @@ def test_the_line_says_what_is_wrong_by_how_much_and_what_to_do() -> None:
         "PPO's entropy collapsed. It fell from 2 to 0.2 nats a token. "
         "The policy says one thing to everybody: raise ppo.kl.coef or lower ppo.learning_rate."
     )
+
+
+def test_a_long_run_is_looked_at_every_hundredth_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr("tercet.report.live.LIVE_RULES", (lambda run: looked.append(len(run.metrics["ppo"])) or (),))
+    monkeypatch.setattr("tercet.report.live._PATIENT", ())
+    watch = Watch({})
+    for iteration in range(1, 1001):
+        watch({"iteration": iteration})
+    assert looked[:199] == list(range(1, 200)) and looked[-3:] == [990, 999, 1000] and len(looked) < 450
