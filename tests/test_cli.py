@@ -170,7 +170,7 @@ def long_ppo(finished_run: Path, folder: Path) -> dict[str, Any]:
     for stage in ("pretrain", "sft", "reward"):
         shutil.copytree(finished_run / stage, folder / stage)
     values = yaml.safe_load((finished_run / "config.yaml").read_text())
-    values["ppo"] |= {"iterations": 24, "save_rollouts_every": 2}
+    values["ppo"] |= {"iterations": 48, "save_rollouts_every": 2}
     values["checkpoint"] = {"every": 3, "keep": 2}
     return {**values, "output": str(folder)}
 
