@@ -31,10 +31,10 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
     float32 or wider. Two levels: sums of 256 tokens in the logits' own precision, then everything in float64, so that the tail of a
     vocabulary of 150,000 keeps its mass.
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    scaled = logits / temperature if temperature != 1.0 else logits
-    top = scaled.max(dim=-1, keepdim=True)
-    mass = torch.exp(scaled - top.values)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits.to(wide) / temperature if temperature != 1.0 else logits
+    top = scaled.amax(-1, keepdim=True).to(wide)
+    mass = scaled.to(wide, copy=True).sub_(top).exp_()  # in place: three passes over a vocabulary took five times as long
     whole = mass.shape[1] // _BLOCK * _BLOCK
     sums = [mass[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)] + (
         [mass[:, whole:].sum(1, keepdim=True)] if whole < mass.shape[1] else []
@@ -42,7 +42,7 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
     cumulative = torch.cat(sums, dim=1).double().cumsum(-1)
     total = cumulative[:, -1]
     if uniform is None:
-        tokens = top.indices.squeeze(-1)
+        tokens = scaled.argmax(-1)
     else:
         point = uniform.to(total.device) * total
         block = (cumulative <= point[:, None]).sum(-1).clamp(max=cumulative.shape[1] - 1)
@@ -54,5 +54,5 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
         # Rounding may leave the point a hair beyond the block's own sum: the last token with any mass takes it.
         last = _BLOCK - 1 - (inner_mass.flip(-1) > 0).int().argmax(-1)
         tokens = block * _BLOCK + torch.minimum(inner, last)
-    picked = scaled.gather(1, tokens[:, None]) - top.values
+    picked = scaled.gather(1, tokens[:, None]).to(wide) - top
     return tokens, picked.squeeze(1) - total.log().to(picked.dtype)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tercet.config import Config
+from tercet.models.attention import SHORT
 from tercet.runtime.machine import Machine
 
 MIB, GIB = 2**20, 2**30
@@ -30,8 +31,9 @@ class Shape:
 
     parameters: of the whole model; linear: in the linear layers of its trunk; head: in the output layer, which is also the input
     embedding where `tied`; adapter: inputs plus outputs of those linear layers, so that rank * adapter is an adapter's size.
-    query, key_value: widths of attention's queries and of its keys and values together; inner: of the feed-forward layer, which is
-    `gated` in architectures such as Llama's (three matrices, and RMSNorm) and not in GPT-2's (two, and LayerNorm).
+    heads, query, key_value: attention's heads, the width of its queries and that of its keys and values together; inner: width of
+    the feed-forward layer, which is `gated` in architectures such as Llama's (three matrices, and RMSNorm) and not in GPT-2's (two,
+    and LayerNorm).
     """
 
     parameters: int
@@ -41,6 +43,7 @@ class Shape:
     adapter: int
     layers: int
     width: int
+    heads: int
     query: int
     key_value: int
     inner: int
@@ -66,6 +69,7 @@ class Shape:
             adapter=sum(sum(size) for size in sizes),
             layers=text.num_hidden_layers,
             width=text.hidden_size,
+            heads=heads,
             query=heads * head_size,
             key_value=2 * (getattr(text, "num_key_value_heads", None) or heads) * head_size,
             inner=inner,
@@ -76,13 +80,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """What a run asks of a model: dtype of matrix products; adapter: its rank, None for full training; tokens: of the largest
-    micro-batch of each stage, padding counted; rows, row_tokens: responses that are sampled together, and the longest text of them;
-    recompute: whether layers keep their inputs alone."""
+    """What a run asks of a model.
+
+    dtype of matrix products; adapter: its rank, None for full training; tokens: of the largest micro-batch of each stage, padding
+    counted; longest: text of each stage, in tokens; rows, row_tokens: responses that are sampled together, and the longest text of
+    them; recompute: whether layers keep their inputs alone.
+    """
 
     dtype: torch.dtype
     adapter: int | None
     tokens: Mapping[str, int]
+    longest: Mapping[str, int]
     rows: int
     row_tokens: int
     recompute: bool = False
@@ -156,14 +164,19 @@ def _weights(shape: Shape, dtype: torch.dtype, *, head: bool) -> int:
 def _activations(stage: str, shape: Shape, load: Load) -> int:
     """What a forward pass keeps for the backward pass, and the head's chunk of logits with its gradients.
 
-    By layer and token: the residual stream and what the norms keep, queries, keys, values and attention's output (float32 also under
-    bfloat16, see models/kernels.py), the inputs of linear layers (each has its own half precision copy), the feed-forward's insides.
+    By layer and token: the residual stream and what the norms keep; queries, keys and values (rotated ones in float32 also under
+    bfloat16) and attention's weights, or of long texts what the fused kernel keeps (models/attention.py); the inputs of linear layers
+    (each has its own half precision copy), the feed-forward's insides.
     """
     wide, narrow = _wide(load.dtype), _narrow(load.dtype)
     norms = (4 if shape.gated else 2) * shape.width
-    attention = 2 * shape.query + shape.key_value
-    copies = 2 if narrow == wide else 6 if shape.gated else 3
-    layer = wide * (norms + attention) + narrow * (copies * shape.width + (4 if shape.gated else 2) * shape.inner)
+    if load.longest[stage] <= SHORT:
+        rotated = shape.query + shape.key_value // 2 if shape.gated else 0
+        attention = wide * (rotated + shape.heads * load.longest[stage]) + narrow * (shape.query + shape.key_value - rotated)
+    else:
+        attention = wide * (2 * shape.query + shape.key_value)
+    copies = 6 if shape.gated and narrow < wide else 3
+    layer = wide * norms + attention + narrow * (copies * shape.width + (4 if shape.gated else 2) * shape.inner)
     kept = load.tokens[stage] * (layer + shape.layers * wide * shape.width if load.recompute else shape.layers * layer)
     if stage == "reward":
         return kept
@@ -192,4 +205,4 @@ def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest
     tokens = {stage: max(min(machine.microbatch_tokens, batches[stage] * text), text) for stage, text in longest.items()}
     adapter = config.model.adapter.rank if config.model.adapter is not None else None
     recompute = config.machine.activation_checkpointing
-    return Load(machine.dtype, adapter, tokens, config.ppo.rollout_batch_size, response, recompute)
+    return Load(machine.dtype, adapter, tokens, longest, config.ppo.rollout_batch_size, response, recompute)

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-_FLOAT32_ATTENTION = "tercet_sdpa_float32"
+from tercet.models.attention import active_packing
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
@@ -112,7 +110,13 @@ def recompute_activations(model: nn.Module) -> None:
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    packing = active_packing()  # still in force when the backward pass comes here again
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with packing.active() if packing is not None else contextlib.nullcontext():
+            return forward(*args, **kwargs)
+
+    return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
 @contextlib.contextmanager
@@ -146,30 +150,3 @@ def _packed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 def _is_half_on_cpu(weight: Any) -> bool:
     return isinstance(weight, Tensor) and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
-
-
-def use_float32_attention(model: PreTrainedModel) -> None:
-    """Let a CPU compute attention in float32 under bfloat16 autocast.
-
-    torch's bfloat16 attention backward on the CPU took nine times as long as the float32 one on 40-token texts (540 against 60 ms
-    of a 6-million-parameter model's step); the products around it stay in bfloat16. So does decoding, which reads all keys and
-    values for one query a row and takes no gradient: half the bytes.
-    """
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(_FLOAT32_ATTENTION)
-
-
-def _float32_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    if query.shape[2] == 1 and not torch.is_grad_enabled():
-        return sdpa_attention_forward(module, query, key.to(query.dtype), value.to(query.dtype), attention_mask, **kwargs)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    with torch.autocast(query.device.type, enabled=False):
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
-    return output.to(query.dtype), None
-
-
-AttentionInterface.register(_FLOAT32_ATTENTION, _float32_attention)
-AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)

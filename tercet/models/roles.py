@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
-from tercet.models.kernels import fuse_activations, use_fast_products, use_float32_attention
+from tercet.models.attention import Packing, attention_window, use_packed_attention
+from tercet.models.kernels import fuse_activations, use_fast_products
 from tercet.models.load import embedding_rows
 from tercet.types import Sequences, TercetError
 
@@ -34,8 +36,10 @@ class _Role(nn.Module):
         self.masters: dict[str, Tensor] = {}  # by parameter name
         self.merge: Callable[[], PreTrainedModel] | None = None  # how an adapter and its backbone become one model
         fuse_activations(self.model)
+        with self.autocast():
+            self._packs = use_packed_attention(self.model) and _is_indifferent_to_packing(self.model.base_model)
+        self._window = attention_window(self.model)
         if compute_dtype is torch.bfloat16 and self.model.device.type == "cpu":
-            use_float32_attention(self.model)
             use_fast_products(self.model.base_model)
 
     @property
@@ -48,8 +52,12 @@ class _Role(nn.Module):
         return contextlib.nullcontext()
 
     def hidden(self, sequences: Sequences) -> Tensor:
-        """Last hidden states, (B, L, D)."""
-        return self.model.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+        """Last hidden states, (B, L, D); what stands at pads means nothing."""
+        ids = sequences.input_ids
+        if not self._packs or not len(ids) or (self._window is not None and ids.shape[1] > self._window):
+            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        packing = Packing.of(sequences.lengths, ids.shape[1])
+        return packing.unpack(_packed_states(self.model.base_model, ids, packing))
 
     def freeze(self) -> None:
         """No gradients, and no float32 originals."""
@@ -196,6 +204,33 @@ def init_score_head(head: nn.Linear, generator: torch.Generator | None) -> None:
             head.weight.zero_()
         else:
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
+
+
+def _packed_states(trunk: Any, ids: Tensor, packing: Packing) -> Tensor:
+    """(1, N, D)"""
+    with packing.active():
+        states: Tensor = trunk(
+            input_ids=packing.pack(ids), position_ids=packing.positions[None], use_cache=False
+        ).last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def _is_indifferent_to_packing(trunk: Any) -> bool:
+    """Whether texts that lie end to end get the states that each gets alone: not so where positions are counted or states carried
+    from token to token by other means than attention."""
+    if "position_ids" not in inspect.signature(trunk.forward).parameters:
+        return False
+    lengths = torch.tensor([5, 3], device=trunk.device)
+    ids = torch.arange(10, device=trunk.device).view(2, 5) % embedding_rows(trunk)
+    was_training = trunk.training
+    trunk.eval()
+    packing = Packing.of(lengths, 5)
+    packed = packing.unpack(_packed_states(trunk, ids, packing))
+    alone = [trunk(input_ids=row[None, :length], use_cache=False).last_hidden_state[0] for row, length in zip(ids, lengths)]
+    trunk.train(was_training)
+    tolerance = 0.03 if torch.is_autocast_enabled(trunk.device.type) else 1e-4  # a leak changes a state by about as much as it is
+    return all(bool((packed[row, : len(own)] - own).abs().max() <= tolerance * own.abs().max()) for row, own in enumerate(alone))
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -157,9 +157,28 @@ def _fastest_dtype(device: torch.device, parameters: int) -> torch.dtype:
 
 def _threads(parameters: int) -> int:
     # A small model's matrices are too small to share, and threads that spin cost dearly when other work runs beside.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    idle = max(1, cores - int(os.getloadavg()[0])) if hasattr(os, "getloadavg") else cores
-    return 1 if parameters < _TINY_MODEL else min(cores, idle) if parameters < _SMALL_MODEL else cores
+    if parameters < _TINY_MODEL:
+        return 1
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return len(cores) if parameters >= _SMALL_MODEL else max(1, round(_idle_cores(cores)))
+
+
+def _idle_cores(cores: list[int]) -> float:
+    """How many of the cores have nothing to do just now: a look of a fifth of a second, and the last minute's load where there is
+    no /proc/stat. (The load alone counts what has ended: after a busy minute one thread was chosen on an idle machine.)"""
+    try:
+        before = _idle_ticks(cores)
+        time.sleep(0.2)
+        found = (_idle_ticks(cores) - before) / os.sysconf("SC_CLK_TCK") / 0.2
+    except (OSError, ValueError, KeyError, IndexError):
+        found = len(cores) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0)
+    return min(found, float(len(cores)))
+
+
+def _idle_ticks(cores: list[int]) -> int:
+    lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    fields = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("cpu")}
+    return sum(int(fields[f"cpu{core}"][3]) + int(fields[f"cpu{core}"][4]) for core in cores)  # idle, waiting for a disk
 
 
 def _tokens(device: torch.device, parameters: int) -> int:

@@ -20,6 +20,7 @@ from tercet.config import load_config
 from tercet.jobs.memory import GIB, MIB, PROCESS, Load, Shape, _activations, load_of, needs
 from tercet.models.roles import Policy
 from tercet.runtime.machine import Machine
+from tercet.types import Sequences
 
 DOCUMENT = Path(__file__).parents[2] / "docs/memory.md"
 LLAMA = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128}
@@ -88,6 +89,7 @@ def test_the_shape_of_gpt2_by_hand() -> None:
         adapter=12 * (768 + 2304 + 768 + 768 + 768 + 3072 + 3072 + 768),
         layers=12,
         width=768,
+        heads=12,
         query=768,
         key_value=2 * 768,
         inner=3072,
@@ -105,29 +107,30 @@ def test_weights_and_training_state_by_hand() -> None:
     shape, tokens = shape_of("GPT-2"), {"sft": 10, "reward": 10, "ppo": 10, "evaluate": 10}
     p, position_and_norms = 124_439_808, 1024 * 768 + 25 * 2 * 768
     assert shape.parameters - shape.linear - shape.head == position_and_norms
-    wide = {need.stage: need for need in needs(shape, Load(torch.float32, None, tokens, 1, 1))}
+    wide = {need.stage: need for need in needs(shape, Load(torch.float32, None, tokens, tokens, 1, 1))}
     # float32: weights, and for each role that learns two moments; gradients of one role at a time
     assert (wide["sft"].weights, wide["sft"].training) == (4 * p, 12 * p)
     assert (wide["ppo"].weights, wide["ppo"].training) == (2 * 4 * p + 2 * 4 * (p), 2 * 8 * p + 4 * p)
     assert (wide["evaluate"].training, wide["evaluate"].other) == (0, PROCESS + 4 * p)
-    half = {need.stage: need for need in needs(shape, Load(torch.bfloat16, None, tokens, 1, 1))}
+    half = {need.stage: need for need in needs(shape, Load(torch.bfloat16, None, tokens, tokens, 1, 1))}
     policy = 2 * (shape.linear + shape.head) + 4 * position_and_norms
     scorer = 2 * shape.linear + 4 * (p - shape.linear)  # the embedding is no head there: it stays in float32
     assert (half["sft"].weights, half["sft"].training) == (policy, 16 * p)  # float32 originals, two moments, gradients
     assert (half["ppo"].weights, half["ppo"].training) == (2 * policy + 2 * scorer, 2 * 12 * p + 4 * p)
-    shared = {need.stage: need for need in needs(shape, Load(torch.bfloat16, 16, tokens, 1, 1))}
+    shared = {need.stage: need for need in needs(shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))}
     adapter = 4 * 16 * shape.adapter
     assert (shared["ppo"].weights, shared["ppo"].training) == (policy + 3 * adapter, 2 * 3 * adapter + adapter)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("length", [32, 128, 320])
+def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: str, dtype: torch.dtype, length: int) -> None:
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
     if architecture == "gpt2":
         sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
-        sizes |= {"intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None}
+        sizes |= {"intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": None}
     config = AutoConfig.for_model(architecture, **{**sizes, "bos_token_id": 0, "eos_token_id": 0})
     policy = Policy(AutoModelForCausalLM.from_config(config).eval(), dtype)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}
@@ -139,10 +142,14 @@ def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: st
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    lens = torch.full((8,), length)
+    sequences = Sequences(
+        torch.zeros(8, length, dtype=torch.long), torch.ones_like(lens), lens - 1, torch.ones(8, dtype=torch.bool)
+    )
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), policy.autocast():
-        states = policy.model.base_model(input_ids=torch.zeros(8, 32, dtype=torch.long), use_cache=False).last_hidden_state
+        states = policy.hidden(sequences)
     assert states.requires_grad
-    load = Load(dtype, None, {"reward": 8 * 32}, 1, 1)  # the reward stage: no head in it
+    load = Load(dtype, None, {"reward": 8 * length}, {"reward": length}, 1, 1)  # the reward stage: no head in it
     assert _activations("reward", Shape.of(config), load) == pytest.approx(sum(kept.values()), rel=0.1)
 
 
@@ -158,7 +165,7 @@ def test_what_a_run_asks_of_a_model() -> None:
     machine = Machine(torch.device("cpu"), torch.float32, 1, 500)
     load = load_of(config, machine, {"sft": 70, "reward": 50, "ppo": 0}, longest_prompt=20)
     # sft: 8 x 70 is more than a micro-batch; reward: two responses a comparison; ppo: 4 x (20 + 10)
-    assert load == Load(torch.float32, 4, {"sft": 500, "reward": 300, "ppo": 120}, 32, 30)
+    assert load == Load(torch.float32, 4, {"sft": 500, "reward": 300, "ppo": 120}, {"sft": 70, "reward": 50, "ppo": 30}, 32, 30)
 
 
 def table() -> str:
@@ -166,8 +173,9 @@ def table() -> str:
     lines = ["| model | training | SFT | reward model | PPO |", "|---|---|---|---|---|"]
     for name in PUBLISHED:
         shape, tokens = shape_of(name), dict.fromkeys(("sft", "reward", "ppo"), 2_048)
+        longest = dict.fromkeys(tokens, 512)
         for kind, rank in (("all weights", None), ("adapters, rank 16", 16)):
-            found = [f"{need.total / GIB:.1f}" for need in needs(shape, Load(torch.bfloat16, rank, tokens, 64, 512))]
+            found = [f"{need.total / GIB:.1f}" for need in needs(shape, Load(torch.bfloat16, rank, tokens, longest, 64, 512))]
             lines.append(f"| {name} | {kind} | {' | '.join(found)} |")
     return "\n".join(lines) + "\n"
 

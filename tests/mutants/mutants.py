@@ -439,8 +439,27 @@ UPDATE: list[Row] = [
     ),
 ]
 
+PACKING: list[Row] = [
+    ("attention looks ahead", "-torch.inf, dtype=dtype).triu_(1)", "-torch.inf, dtype=dtype).triu_(2)"),
+    ("positions go on over texts", "F.pad(tokens % width, (0, spare))", "F.pad(torch.arange(len(tokens)), (0, spare))"),
+    ("attention is not scaled", "k.transpose(1, 2), alpha=scale)", "k.transpose(1, 2))"),
+    (
+        "the keys' gradient is not scaled",
+        "torch.bmm(scores.transpose(1, 2), q).mul_(ctx.scale)",
+        "torch.bmm(scores.transpose(1, 2), q)",
+    ),
+    ("pads have gradients", ".index_fill_(0, packing.pads, 0.0)", ".index_fill_(0, packing.pads[:0], 0.0)"),
+    ("texts of a group share queries", "permute(0, 2, 3, 1, 4)\n", "permute(0, 3, 2, 1, 4)\n"),
+    ("spare tokens have states", "places[-1].zero_()", "places[-1].fill_(1.0)"),
+    ("what carries states past attention is packed", "tolerance * own.abs().max()) for row", "1e9 * own.abs().max()) for row"),
+]
+
 SAMPLING: list[Row] = [
-    ("the temperature is left out", "scaled = logits / temperature if temperature != 1.0 else logits", "scaled = logits"),
+    (
+        "the temperature is left out",
+        "scaled = logits.to(wide) / temperature if temperature != 1.0 else logits",
+        "scaled = logits",
+    ),
     ("tokens of mass 0 at the edge", "(cumulative <= point[:, None])", "(cumulative < point[:, None])"),
     ("tokens of mass 0 inside a block", "(inner_mass.cumsum(-1) <= (point", "(inner_mass.cumsum(-1) < (point"),
     ("the mass is not normalised", "point = uniform.to(total.device) * total", "point = uniform.to(total.device)"),
@@ -455,7 +474,7 @@ SAMPLING: list[Row] = [
     ("numbers depend on the place in the batch", "np.array([0, 0, int(row), iteration]", "np.array([0, 0, place, iteration]"),
     ("numbers are the same every iteration", "np.array([0, 0, int(row), iteration]", "np.array([0, 0, int(row), 0]"),
     ("numbers are the same for every purpose", "np.array([seed, PURPOSES.index(purpose)]", "np.array([seed, 0]"),
-    ("greedy takes the least likely", "top = scaled.max(dim=-1, keepdim=True)", "top = scaled.min(dim=-1, keepdim=True)"),
+    ("greedy takes the least likely", "tokens = scaled.argmax(-1)", "tokens = scaled.argmin(-1)"),
 ]
 
 NATIVE = "generation/test_native.py::test_"
@@ -589,6 +608,8 @@ MUTANTS: list[Mutant] = [
     *_of("stages/update.py", f"{PEERS}17_gradients_do_not_depend_on_micro_batches", SPLIT),
     *_of("stages/update.py", f"{PEERS}11_trained_tokens_are_the_sampled_ones_at_their_temperature", TEMPERATURE),
     *_of("generation/sampling.py", "generation/test_sampling.py", SAMPLING),
+    *_of("models/attention.py", "models/test_attention.py", PACKING[:-1]),
+    *_of("models/roles.py", "models/test_attention.py", PACKING[-1:]),
     *_of(
         "generation/native.py",
         GREEDY,

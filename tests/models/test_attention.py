@@ -1,0 +1,180 @@
+"""tercet/models/attention.py: texts laid end to end get the states and gradients that each gets alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import ARCHITECTURES, OWN_LOGITS, SHAPES, causal_lm, ragged
+from torch import Tensor
+
+from tercet.models import attention
+from tercet.models.attention import Packing, active_packing
+from tercet.models.kernels import recompute_activations
+from tercet.models.roles import Policy, ScoreModel
+from tercet.types import Sequences
+
+LENGTHS = [25, 7, 20, 1, 5, 24, 11]
+PACKED = [name for name in ARCHITECTURES if name not in OWN_LOGITS]
+
+
+def texts(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) with rubbish at pads, and lengths (B,)."""
+    lens = torch.tensor(lengths)
+    ids = torch.randint(5, 60, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    return ids, lens
+
+
+def test_a_packing_gives_each_token_its_place_and_back():
+    ids, lens = texts(LENGTHS)
+    packing = Packing.of(lens, 30)
+    wide = torch.nn.functional.pad(ids, (0, 5))
+    packed = packing.pack(wide)[0]
+    assert len(packed) % 32 == 0 and len(packed) >= sum(LENGTHS)
+    assert packed[: sum(LENGTHS)].tolist() == [token for row, length in zip(ids.tolist(), LENGTHS) for token in row[:length]]
+    assert packing.positions[: sum(LENGTHS)].tolist() == [place for length in LENGTHS for place in range(length)]
+    unpacked = packing.unpack(packed[None, :, None].float())[..., 0]
+    assert unpacked.shape == (7, 30)
+    for row, length in enumerate(LENGTHS):
+        assert unpacked[row, :length].tolist() == ids[row, :length].tolist() and not unpacked[row, length:].any()
+
+
+def test_groups_hold_every_token_once_and_few_pads():
+    _, lens = texts(LENGTHS)
+    packing = Packing.of(lens, 25)
+    assert [(group.rows, group.length) for group in packing.groups] == [(3, 25), (1, 11), (1, 7), (1, 5), (1, 1)]
+    marks = torch.arange(len(packing.positions), dtype=torch.float32)[:, None, None]
+    there = torch.cat([marks.index_select(0, packing.places), marks[:1]])
+    back = packing.together(there)
+    torch.testing.assert_close(back[: sum(LENGTHS)], marks[: sum(LENGTHS)])
+    assert not back[sum(LENGTHS) :].any()
+    assert len(packing.pads) == 3 * 25 - (25 + 24 + 20)
+
+
+@pytest.mark.parametrize("short", [256, 0], ids=["by hand", "fused"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["all", "grouped", "one key"])
+def test_attention_of_packed_texts_is_the_definition(short: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "SHORT", short)
+    generator = torch.Generator().manual_seed(0)
+    packing = Packing.of(torch.tensor(LENGTHS), 25)
+    count = len(packing.positions)
+    query, key, value = (
+        torch.randn(1, number, count, size, dtype=torch.float64, generator=generator).requires_grad_()
+        for number, size in ((heads[0], 8), (heads[1], 8), (heads[1], 8))
+    )
+    module: Any = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, heads[0] // heads[1]
+    with packing.active():
+        found, _ = attention._attention(module, query, key, value, None, scaling=0.3)
+    wanted, start = torch.zeros(count, heads[0], 8, dtype=torch.float64), 0
+    for length in LENGTHS:
+        for head in range(heads[0]):
+            own = head // (heads[0] // heads[1])
+            q, k, v = query[0, head], key[0, own], value[0, own]
+            for place in range(start, start + length):
+                weights = (0.3 * k[start : place + 1] @ q[place]).softmax(0)
+                wanted[place, head] = weights @ v[start : place + 1]
+        start += length
+    torch.testing.assert_close(found[0, :start], wanted[:start], rtol=0, atol=1e-12)
+    slope = torch.randn(start, heads[0], 8, dtype=torch.float64, generator=generator)
+    gradients = [torch.autograd.grad((states[:start] * slope).sum(), (query, key, value)) for states in (found[0], wanted)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def padded(role: Policy | ScoreModel, ids: Tensor) -> Tensor:
+    """What the model gives without packing."""
+    return role.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.parametrize("short", [256, 0], ids=["by hand", "fused"])
+def test_states_and_gradients_are_those_of_the_padded_layout(architecture: str, short: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "SHORT", short)
+    policy, sequences = Policy(causal_lm(architecture), torch.float64), ragged(SHAPES)
+    real = torch.arange(sequences.input_ids.shape[1]) < sequences.lengths[:, None]
+    slope = torch.randn(*real.shape, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    both = []
+    for states in (policy.hidden(sequences), padded(policy, sequences.input_ids)):
+        policy.zero_grad()
+        (states * slope)[real].sum().backward()
+        gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        both.append((states.detach()[real], gradients))
+    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-11)
+    assert any(gradient.abs().max() > 1e-3 for gradient in both[0][1].values())
+
+
+def test_packing_is_what_happens_and_costs_no_pads():
+    policy = Policy(causal_lm("llama_tied"))
+    rows: list[int] = []
+    policy.model.base_model.layers[0].register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[:2].numel()))
+    ids, lens = texts([60, 2, 2, 2])
+    policy.hidden(Sequences(ids, torch.ones_like(lens), lens - 1, torch.ones(4, dtype=torch.bool)))
+    assert rows == [96]  # 66 tokens, not 240 places
+    assert active_packing() is None
+
+
+def test_texts_beyond_a_sliding_window_are_not_packed():
+    model = causal_lm("mistral")
+    model.config.sliding_window = 8
+    policy, sequences = Policy(model, torch.float64), ragged(SHAPES)
+    assert sequences.input_ids.shape[1] > 8
+    with torch.no_grad():
+        torch.testing.assert_close(policy.hidden(sequences), padded(policy, sequences.input_ids), rtol=0, atol=0)
+
+
+def test_a_model_that_carries_states_past_attention_is_not_packed():
+    from transformers import BloomConfig, BloomForCausalLM, Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    for model in (
+        BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=300)),  # positions are in its mask
+        Lfm2ForCausalLM(  # convolutions over neighbours, between layers of attention
+            Lfm2Config(
+                hidden_size=32,
+                intermediate_size=48,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_hidden_layers=2,
+                layer_types=["conv", "full_attention"],
+                vocab_size=300,
+            )
+        ),
+    ):
+        policy, sequences = Policy(model.eval()), ragged(SHAPES)
+        with torch.no_grad():
+            torch.testing.assert_close(policy.hidden(sequences), padded(policy, sequences.input_ids), rtol=0, atol=0)
+
+
+def test_recomputed_layers_see_the_packing_again():
+    sequences, gradients = ragged(SHAPES), []
+    for recompute in (False, True):
+        policy = Policy(causal_lm("llama_tied"), torch.float64)
+        if recompute:
+            recompute_activations(policy.model)
+        policy(sequences)[0].sum().backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_bfloat16_stays_close_to_float32_in_both_layouts():
+    exact = causal_lm("gpt2")
+    sequences = ragged(SHAPES)
+    mask = sequences.response_mask
+    with torch.no_grad():
+        wanted = Policy(copy.deepcopy(exact))(sequences)[0][mask]
+        found = Policy(exact, torch.bfloat16)(sequences)[0][mask]
+    assert (found - wanted).abs().max() < 0.06 and not torch.equal(found, wanted)
+
+
+def test_without_a_packing_attention_is_that_of_transformers():
+    for name in ("gpt2", "llama_tied"):
+        model = causal_lm(name).eval()
+        ids = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+        mask = torch.tensor([[0, 0, *[1] * 7], [1] * 9])
+        with torch.no_grad():
+            before = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits]
+            assert attention.use_packed_attention(model) and model.config._attn_implementation == "tercet"
+            after = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits]
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
