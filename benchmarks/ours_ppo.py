@@ -1,4 +1,4 @@
-"""Tercet's PPO on a workload, one iteration a turn: python ours_ppo.py FOLDER WORKLOAD DTYPE[+adapter|+auto]
+"""Tercet's PPO on a workload, one iteration a turn: python ours_ppo.py FOLDER WORKLOAD DTYPE[+adapter][+auto]
 
 +adapter: all roles on one backbone; +auto: microbatch_tokens as Tercet chooses it, not as the workload says.
 """
@@ -38,12 +38,12 @@ def main(folder: Path, name: str, dtype: str) -> None:
     def scorer_of() -> ScoreModel:
         return ScoreModel(AutoModelForSequenceClassification.from_pretrained(folder / "reward"), machine.dtype)
 
-    dtype, _, adapted = dtype.partition("+")
+    dtype, *flags = dtype.split("+")
     parameters = count_parameters(str(folder / "policy"))
-    tokens: str | int = "auto" if adapted == "auto" else workload.microbatch_tokens
-    machine = resolve("auto", dtype, "auto", tokens, parameters)
+    tokens: str | int = "auto" if "auto" in flags else workload.microbatch_tokens
+    machine = resolve("auto", dtype, "auto", tokens, parameters, adapter="adapter" in flags)
     machine.apply()
-    if adapted == "adapter":
+    if "adapter" in flags:
         backbone = Backbone(str(folder), load, machine.dtype, Rank(16, 32))
         policy, reference = backbone.policy(seed=0), backbone.reference
         value_model, reward = backbone.scorer(seed=1), backbone.scorer(seed=2)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,27 @@ class Worker:
         if not line:
             sys.exit(f"a worker ended: {self._log.read_text()[-2000:]}")
         return json.loads(line)
+
+
+class Stations:
+    """A worker's side where policies are to be judged later: saves one at every few iterations, its folder named by iteration and
+    seconds of training so far (saving not counted), and ends the process when its seconds are used up."""
+
+    def __init__(self, folder: Path, every: int, seconds: float):
+        self._folder, self._every, self._limit = folder, every, seconds
+        self._used, self._passed = 0.0, 0
+        self._since: float | None = None
+
+    def pass_by(self, save: Callable[[Path], None]) -> None:
+        """Called before the first iteration and after each."""
+        if self._since is not None:
+            self._used += time.perf_counter() - self._since
+            self._passed += 1
+            if self._passed % self._every == 0 or self._used >= self._limit:
+                save(self._folder / f"{self._passed:05d}-{self._used:.1f}")
+            if self._used >= self._limit:
+                os._exit(0)
+        self._since = time.perf_counter()
 
 
 def peak_mib() -> float:

@@ -24,6 +24,7 @@ from tercet.jobs.outlook import KINDS, Check, Lengths, measure, memory, outlook
 from tercet.jobs.workshop import Workshop
 from tercet.pipeline import Pipeline
 from tercet.runtime.machine import free_memory, measured_rate
+from tercet.runtime.metrics import JsonLines
 from tercet.runtime.progress import console
 from tercet.runtime.stage import Interrupt
 from tercet.types import Comparison, Demonstration, Text
@@ -74,16 +75,16 @@ class Doctor:
             folder = Path(name) / "run"
             try:
                 shop = Pipeline(pipeline.config.model_copy(update={"output": str(folder)})).workshop(Interrupt())
-                yield from outlook(shop.config, stages, records, shop.template, shop.machine, shop.base)
+                lengths = measure(records, shop.config, shop.template)
+                yield from outlook(shop.config, stages, records, lengths, shop.template, shop.machine, shop.base)
             except TercetError as error:
                 yield Check("error", str(error))
                 return
-            yield from self._dry_run(shop, stages, records, quick)
+            yield from self._dry_run(shop, stages, records, lengths, quick)
 
-    def _dry_run(self, shop: Workshop, stages: Sequence[str], records: Mapping[str, Any], quick: bool) -> Iterator[Check]:
-        lengths = {
-            name: measure(name, records[name], shop.config, shop.template) for name in ("pretrain", *KINDS) if name in records
-        }
+    def _dry_run(
+        self, shop: Workshop, stages: Sequence[str], records: Mapping[str, Any], lengths: Mapping[str, Lengths], quick: bool
+    ) -> Iterator[Check]:
         self.needs = memory(shop.config, stages, lengths, shop.machine, shop.base)
         reason = "it was not asked for" if quick else _obstacle(shop, self.needs)
         if reason:
@@ -95,7 +96,9 @@ class Doctor:
         except TercetError as error:
             yield Check("error", f"dry run: {error}")
             return
-        steps = {stage: _lines(Path(small.output) / stage / "metrics.jsonl") for stage in stages if stage in TRAINING}
+        steps = {
+            stage: JsonLines(Path(small.output) / stage / "metrics.jsonl", "step").read() for stage in stages if stage in TRAINING
+        }
         broken = [stage for stage, rows in steps.items() if rows and rows[-1].get("skipped")]
         for stage in broken:
             yield Check(
@@ -153,10 +156,14 @@ def _seconds(config: Config, small: Config, records: Mapping[str, Any]) -> dict[
     folder, found = Path(small.output), {}
     counts = {"pretrain": "pretrain", "sft": "sft", "reward": "comparisons"}
     for stage, name in counts.items():
-        timings, mine, theirs = _lines(folder / stage / "timings.jsonl"), getattr(config, stage), getattr(small, stage)
+        timings, mine, theirs = (
+            JsonLines(folder / stage / "timings.jsonl", "step").read(),
+            getattr(config, stage),
+            getattr(small, stage),
+        )
         if timings and name in records:
             found[stage] = timings[-1]["seconds"] / theirs.batch_size * len(records[name]) * mine.epochs
-    timings = _lines(folder / "ppo/timings.jsonl")
+    timings = JsonLines(folder / "ppo/timings.jsonl", "iteration").read()
     if timings:
         rows, last = small.ppo.rollout_batch_size, timings[-1]
         sampled, update = (last["generate_s"] + last["score_s"]) / rows, last["update_s"] / rows
@@ -221,10 +228,6 @@ def _values(record: Any) -> dict[str, Any]:
 
 def _plain(prompt: Text) -> Any:
     return prompt if isinstance(prompt, str) else [vars(turn) for turn in prompt]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ class Pipeline:
 
     def _execute(self, stages: Sequence[str], redo: Sequence[str], records: Mapping[str, Any]) -> None:
         from tercet.jobs.evaluation import run_evaluate
-        from tercet.jobs.outlook import outlook
+        from tercet.jobs.outlook import measure, outlook
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
         from tercet.runtime.checkpoint import seed_everything
         from tercet.runtime.files import write_json, write_text
@@ -150,7 +150,8 @@ class Pipeline:
             shop = self.workshop(interrupt)
             if shop.world.is_main:
                 write_text(self.folder / "config.yaml", to_yaml(self.config))
-                for check in outlook(shop.config, stages, records, shop.template, shop.machine, shop.base):
+                lengths = measure(records, shop.config, shop.template)
+                for check in outlook(shop.config, stages, records, lengths, shop.template, shop.machine, shop.base):
                     if check.level == "warning":
                         console.print(f"warning: {check.text}", style="yellow", markup=False)
             prints = fingerprints(self.config, self.stages(), self._callables)  # anew, because now the machine is chosen
@@ -191,7 +192,9 @@ class Pipeline:
             create_scratch(self.config, Path(base))
         world.barrier()
         parameters = count_parameters(base, self.config.model.trust_remote_code)
-        machine = resolve(settings.device, settings.dtype, settings.threads, settings.microbatch_tokens, parameters)
+        adapter = self.config.model.adapter is not None
+        wanted = (settings.device, settings.dtype, settings.threads, settings.microbatch_tokens)
+        machine = resolve(*wanted, parameters, adapter=adapter)
         self.config = self.config.model_copy(update={"machine": settings.model_copy(update=machine.settings())})
         machine.apply()
         if world.is_main:

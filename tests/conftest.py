@@ -33,6 +33,15 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the keys of `changes` set, section by section."""
+    result = dict(values)
+    for key, change in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, change) if isinstance(change, Mapping) and isinstance(old, Mapping) else change
+    return result
+
+
 def write_tiny_data(folder: Path) -> None:
     """demonstrations.jsonl (40 records), comparisons.jsonl (60) and prompts.jsonl (40, with a field "thing")."""
     rng = random.Random(7)

@@ -101,7 +101,7 @@ class _InChunks(torch.autograd.Function):
     ) -> Tensor:
         height = max(1, elements // min(len(weight), _NARROWEST))
         ctx.head = _Head(weight, bias, temperature, max(1, elements // min(height, len(states))))
-        ctx.height = height
+        ctx.height, ctx.dtypes = height, (weight.dtype, None if bias is None else bias.dtype)
         found = [
             ctx.head.scan(part, wanted, entropies is not None)
             for part, wanted in zip(torch.split(states, height), torch.split(targets, height))
@@ -109,15 +109,15 @@ class _InChunks(torch.autograd.Function):
         log_z = torch.cat([one[0] for one in found])
         if entropies is not None:
             entropies += [one[2] for one in found]
-        ctx.save_for_backward(states, targets, log_z, weight, bias)
+        ctx.save_for_backward(states, targets, log_z)
         return torch.cat([one[1] for one in found]) - log_z
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        states, targets, log_z, weight, bias = ctx.saved_tensors
+        states, targets, log_z = ctx.saved_tensors
         _, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
-        for_weight = torch.zeros_like(weight) if wants_weight else None
-        for_bias = torch.zeros_like(bias) if wants_bias else None
+        for_weight = torch.zeros_like(ctx.head.weight, dtype=ctx.dtypes[0]) if wants_weight else None
+        for_bias = torch.zeros_like(ctx.head.bias, dtype=ctx.dtypes[1]) if wants_bias else None
         parts = zip(*(torch.split(tensor, ctx.height) for tensor in (states, targets, log_z, gradients[0])))
         for_states = [ctx.head.slopes(*part, for_weight, for_bias) for part in parts]
         return torch.cat(for_states), None, for_weight, for_bias, None, None, None

@@ -49,11 +49,16 @@ class Lengths:
 
 
 def outlook(
-    config: Config, stages: Sequence[str], sources: Mapping[str, Any], template: Template, machine: Machine, base: str
+    config: Config,
+    stages: Sequence[str],
+    sources: Mapping[str, Any],
+    lengths: Mapping[str, Lengths],
+    template: Template,
+    machine: Machine,
+    base: str,
 ) -> Iterator[Check]:
-    """Every check, in the order of the stages. sources: what preflight.inspect has read."""
+    """Every check, in the order of the stages. sources: what preflight.inspect has read; lengths: what `measure` found in them."""
     yield from _tokenizer(template)
-    lengths = {name: measure(name, sources[name], config, template) for name in ("pretrain", *KINDS) if name in sources}
     yield from _cuts(config, lengths)
     for name in KINDS:
         if name in sources:
@@ -84,8 +89,13 @@ def memory(config: Config, stages: Sequence[str], lengths: Mapping[str, Lengths]
     return needs(shape, load_of(config, machine, texts, longest_prompt))
 
 
-def measure(name: str, records: Sequence[Any], config: Config, template: Template) -> Lengths:
-    """The lengths of at most LOOKED_AT records, evenly spread over the source."""
+def measure(sources: Mapping[str, Any], config: Config, template: Template) -> dict[str, Lengths]:
+    """The lengths of the texts of every source that is trained on or sampled from."""
+    return {name: _lengths(name, sources[name], config, template) for name in ("pretrain", *KINDS) if name in sources}
+
+
+def _lengths(name: str, records: Sequence[Any], config: Config, template: Template) -> Lengths:
+    """Of at most LOOKED_AT records, evenly spread over the source."""
     sample = records[:: math.ceil(len(records) / LOOKED_AT)]
     if name == "prompts":
         prompts = [template.prompt_ids(record.prompt, record.origin) for record in sample]

@@ -174,6 +174,8 @@ def _in_float32(
     """transformers' own attention; of bfloat16 on a CPU in float32, because torch's backward pass there took nine times as long as
     the float32 one (540 against 60 ms of a 6-million-parameter model's step). Decoding takes no gradient and reads all keys and
     values for one query a row: half the bytes in bfloat16."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.to(query.dtype)
     if query.device.type != "cpu" or query.dtype is not torch.bfloat16:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.shape[2] == 1 and not torch.is_grad_enabled():
@@ -234,7 +236,14 @@ def _causal(length: int, queries: int, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _active.get() is not None else sdpa_mask(*args, **kwargs)
+    if _active.get() is not None:
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    if mask is None or mask.dtype is not torch.bool or mask.device.type != "cpu" or mask.shape[-2] > 1 or torch.is_grad_enabled():
+        return mask
+    # One token a row: every layer's attention would make what is added to its scores from the mask anew.
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -84,17 +84,19 @@ class _Product(torch.autograd.Function):
 
 
 def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight^T + bias, some rows at a time where the product is narrow: of 768 to 1,280 rows to 768 columns oneDNN gives both
-    halves to one thread (1,264 x 3,072 x 768 took 5.2 ms on two threads, in parts 3.2)."""
-    if len(weight) > 1024 or len(x) <= 640:
+    """x @ weight^T + bias, some rows at a time where oneDNN gives both halves of the work to one thread: 768 to 1,280 rows to some 768
+    columns (1,088 x 3,072 x 768 took 4.6 ms on two threads, in parts 3.1; elsewhere parts took up to three times as long)."""
+    lopsided = 640 < len(x) <= 1280 and len(weight) <= 1024 and weight.numel() >= 2**19
+    if not lopsided or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
     return torch.cat([F.linear(part, weight, bias) for part in x.split(512)])
 
 
 def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T @ right. A wide result is faster from a copy of left^T: 768 x 1,056 x 3,072 took 2.4 instead of 3.6 ms."""
+    """left^T @ right. A large and wide result is faster from a copy of left^T: 768 x 1,088 x 3,072 took 2.5 instead of 3.3 ms."""
+    width, height = right.shape[1], left.shape[1]
     transposed = left.t()
-    return (transposed.contiguous() if left.shape[1] < right.shape[1] else transposed) @ right
+    return (transposed.contiguous() if height < width and height * width >= 2**20 else transposed) @ right
 
 
 def recompute_activations(model: nn.Module) -> None:

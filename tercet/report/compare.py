@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tercet.report.curves import CURVES, Plot
 from tercet.report.findings import Finding
 from tercet.report.frontier import line_of_gains, root_ticks
 from tercet.report.load import RunData, load_run, records
-from tercet.report.page import fill, sentence
+from tercet.report.page import fill, sentence, write_page
 from tercet.report.plots import COLOURS, Line, draw_line, dress, paint_svg, smooth
 from tercet.report.tables import Table
 from tercet.report.text import percent, plain, short
@@ -76,13 +75,7 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
         curves=[plot for key in SERIES if (plot := _curve(columns, key)) is not None],
         problems=[f"{column.name}: {plain(problem, 300)}" for column in columns for problem in column.run.problems],
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_page(target, page)
     return target
 
 

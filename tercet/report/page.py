@@ -28,14 +28,19 @@ def write_report(run_folder: Path) -> Path:
     Parts of the run that are missing are left out of the page. Raises FileNotFoundError where there is no such folder.
     """
     target = Path(run_folder) / REPORT
-    page = render(load_run(Path(run_folder)))
-    temporary = target.with_name(f".{REPORT}.{os.getpid()}.tmp")
+    write_page(target, render(load_run(Path(run_folder))))
+    return target
+
+
+def write_page(target: Path, page: str) -> None:
+    """Write it atomically; its folder is made if missing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(page, encoding="utf-8", newline="\n")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    return target
 
 
 def render(run: RunData) -> str:

@@ -50,12 +50,14 @@ class Machine:
         }
 
 
-def resolve(device: str, dtype: str, threads: str | int, microbatch_tokens: str | int, parameters: int) -> Machine:
-    """Choose what is `auto`, for a model with that many parameters."""
+def resolve(
+    device: str, dtype: str, threads: str | int, microbatch_tokens: str | int, parameters: int, *, adapter: bool = False
+) -> Machine:
+    """Choose what is `auto`, for a model with that many parameters; adapter: of which only adapters are trained."""
     chosen = _device(device)
     kind = _DTYPES[dtype] if dtype != "auto" else _fastest_dtype(chosen, parameters)
     count = threads if isinstance(threads, int) else _threads(parameters)
-    tokens = microbatch_tokens if isinstance(microbatch_tokens, int) else _tokens(chosen, parameters)
+    tokens = microbatch_tokens if isinstance(microbatch_tokens, int) else _tokens(chosen, parameters, adapter)
     if count < 1 or tokens < 1:
         raise TercetError(f"machine: threads ({count}) and microbatch_tokens ({tokens}) must be at least 1, or auto")
     return Machine(chosen, kind, count, tokens)
@@ -181,7 +183,9 @@ def _idle_ticks(cores: list[int]) -> int:
     return sum(int(fields[f"cpu{core}"][3]) + int(fields[f"cpu{core}"][4]) for core in cores)  # idle, waiting for a disk
 
 
-def _tokens(device: torch.device, parameters: int) -> int:
+def _tokens(device: torch.device, parameters: int, adapter: bool) -> int:
     if device.type == "cuda":
         return 16_384
-    return 4_096 if parameters < _SMALL_MODEL else 2_048
+    if parameters < _SMALL_MODEL:
+        return 4_096
+    return 512 if adapter else 2_048  # beside adapters a micro-batch's activations are most of the memory

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import merged
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 Record = dict[str, Any]
@@ -46,15 +47,6 @@ def settings(data: Path, seed: int) -> Record:
         "evaluation": {"prompts": 160, "gold": "tercet.world:gold", "best_of_prompts": 4, "best_of_samples": 16},
         "machine": {"device": "cpu", "dtype": "float32", "threads": 1, "microbatch_tokens": 1024},
     }
-
-
-def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Record:
-    """`values` with the keys of `changes` set, section by section."""
-    result = dict(values)
-    for key, change in changes.items():
-        old = result.get(key)
-        result[key] = merged(old, change) if isinstance(change, Mapping) and isinstance(old, Mapping) else change
-    return result
 
 
 class Clinic:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import merged
 
 TRAINING = {"batch_size": 8, "learning_rate": 1e-3, "max_length": 48}
 BASE: dict[str, Any] = {
@@ -25,15 +26,6 @@ BASE: dict[str, Any] = {
     "evaluation": {"prompts": 8, "best_of_prompts": 2, "best_of_samples": 8},
     "machine": {"device": "cpu", "dtype": "float32", "threads": 1, "microbatch_tokens": 512},
 }
-
-
-def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the keys of `changes` set, section by section."""
-    result = dict(values)
-    for key, change in changes.items():
-        old = result.get(key)
-        result[key] = merged(old, change) if isinstance(change, Mapping) and isinstance(old, Mapping) else change
-    return result
 
 
 class Runs:

@@ -47,7 +47,8 @@ def warnings(base: str, sources: dict[str, Any], settings: dict[str, Any] | None
     made = bpe_tokenizer(**tokenizer)
     template = Template(made, config.model.template, 16)
     stages = ["sft", "reward", "ppo"]
-    return [check.text for check in outlook(config, stages, sources, template, CPU, base) if check.level == "warning"]
+    lengths = measure(sources, config, template)
+    return [check.text for check in outlook(config, stages, sources, lengths, template, CPU, base) if check.level == "warning"]
 
 
 def sound() -> dict[str, Any]:
@@ -148,5 +149,5 @@ def test_a_large_file_is_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "LOOKED_AT", 10)
     config = load_config({"model": {"name": "x"}, "sft": {"max_length": 8}})
     records = Records([*demonstrations(15, words=1), *demonstrations(15, words=30)])
-    found = measure("sft", records, config, Template(bpe_tokenizer(), "plain", 16))
+    found = measure({"sft": records}, config, Template(bpe_tokenizer(), "plain", 16))["sft"]
     assert (found.texts, found.longest, found.cut) == (10, 8, 10)
