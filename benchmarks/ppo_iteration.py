@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--peer-python", help="the Python of an environment with trl==1.12.0")
-    parser.add_argument("--dtypes", nargs="*", default=["auto", "float32"])
+    parser.add_argument("--dtypes", nargs="*", default=["auto+auto", "float32+auto"])
     parser.add_argument("--peer-dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tercet-benchmarks")
     options = parser.parse_args()
