@@ -201,3 +201,18 @@ class TestLock:
         (tmp_path / "file").touch()
         with pytest.raises(TercetError, match="cannot be written"), locked(tmp_path / "file/run"):
             pass
+
+
+def test_each_vector_function_is_called_on_one_thread_before_it_is_called_on_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one thread's part of its first result may have half the digits, once in a while (tercet/runtime/machine.py)."""
+    called: list[tuple[str, int, torch.dtype]] = []
+    for name in ("exp", "log", "tanh", "sqrt"):
+
+        def note(x: torch.Tensor, name: str = name) -> None:
+            called.append((name, x.numel(), x.dtype))
+
+        monkeypatch.setattr(torch, name, note)
+    resolve("cpu", "float32", 1, 64, 1000).apply()
+    assert set(called) == {
+        (name, 1, dtype) for name in ("exp", "log", "tanh", "sqrt") for dtype in (torch.float32, torch.float64)
+    }
