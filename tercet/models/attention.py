@@ -174,16 +174,15 @@ def _in_float32(
     """transformers' own attention; of bfloat16 on a CPU in float32, because torch's backward pass there took nine times as long as
     the float32 one (540 against 60 ms of a 6-million-parameter model's step). Decoding takes no gradient and reads all keys and
     values for one query a row: half the bytes in bfloat16."""
+    half = query.device.type == "cpu" and query.dtype is torch.bfloat16
+    decoding = query.shape[2] == 1 and not torch.is_grad_enabled()
+    dtype = torch.float32 if half and not decoding else query.dtype
     if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.to(query.dtype)
-    if query.device.type != "cpu" or query.dtype is not torch.bfloat16:
+        attention_mask = attention_mask.to(dtype)
+    if not half:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if query.shape[2] == 1 and not torch.is_grad_enabled():
-        return sdpa_attention_forward(module, query, key.to(query.dtype), value.to(query.dtype), attention_mask, **kwargs)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    with torch.autocast("cpu", enabled=False):
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
+    with torch.autocast("cpu", enabled=decoding):
+        output, _ = sdpa_attention_forward(module, query.to(dtype), key.to(dtype), value.to(dtype), attention_mask, **kwargs)
     return output.to(query.dtype), None
 
 

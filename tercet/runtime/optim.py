@@ -150,5 +150,5 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     instead of 44 for torch's own, whose float32 sum over an embedding was off by a thousandth."""
     if not gradients or gradients[0].device.type != "cpu":
         return nn.utils.get_total_norm(gradients)
-    flat = [gradient.view(-1) if gradient.is_contiguous() else gradient.reshape(-1) for gradient in gradients]
-    return torch.stack([torch.dot(part, part).double() for whole in flat for part in whole.split(2**20)]).sum().sqrt()
+    parts = [part for gradient in gradients for part in gradient.reshape(-1).split(2**20)]
+    return torch.stack([torch.dot(part, part).double() for part in parts]).sum().sqrt()
