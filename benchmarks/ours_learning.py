@@ -42,8 +42,7 @@ def main(folder: Path, settings: dict[str, object]) -> None:
 
     def pause(iteration: int) -> dict[str, float]:
         def save(target: Path) -> None:
-            with policy.full_precision() as model:
-                model.save_pretrained(target)
+            policy.full_precision().save_pretrained(target)
 
         stations.pass_by(save)
         return {}

@@ -101,7 +101,7 @@ class _InChunks(torch.autograd.Function):
     ) -> Tensor:
         height = max(1, elements // min(len(weight), _NARROWEST))
         ctx.head = _Head(weight, bias, temperature, max(1, elements // min(height, len(states))))
-        ctx.height, ctx.dtypes = height, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.height = height
         found = [
             ctx.head.scan(part, wanted, entropies is not None)
             for part, wanted in zip(torch.split(states, height), torch.split(targets, height))
@@ -116,36 +116,36 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states, targets, log_z = ctx.saved_tensors
         _, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
-        for_weight = torch.zeros_like(ctx.head.weight, dtype=ctx.dtypes[0]) if wants_weight else None
-        for_bias = torch.zeros_like(ctx.head.bias, dtype=ctx.dtypes[1]) if wants_bias else None
+        for_weight = torch.zeros_like(ctx.head.weight) if wants_weight else None
+        for_bias = torch.zeros_like(ctx.head.bias) if wants_bias else None
         parts = zip(*(torch.split(tensor, ctx.height) for tensor in (states, targets, log_z, gradients[0])))
         for_states = [ctx.head.slopes(*part, for_weight, for_bias) for part in parts]
         return torch.cat(for_states), None, for_weight, for_bias, None, None, None
 
 
 class _Head:
-    """An output layer a chunk of the vocabulary at a time; logits are divided by the temperature."""
+    """An output layer a chunk of the vocabulary at a time, multiplied in autocast's precision; logits are divided by the temperature."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, width: int):
         kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.temperature = temperature
         self.spans = [slice(start, start + width) for start in range(0, len(weight), width)]
 
-    def logits(self, states: Tensor, span: slice) -> Tensor:
-        logits = at_least_float32(F.linear(states, self.weight[span], None if self.bias is None else self.bias[span]))
+    def logits(self, states: Tensor, weight: Tensor, span: slice) -> Tensor:
+        logits = at_least_float32(F.linear(states, weight, None if self.bias is None else self.bias[span].to(self.dtype)))
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def scan(self, states: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """For each state log Z, the target's logit and the entropy, from one pass over the vocabulary."""
-        states = states.to(self.weight.dtype)
+        states = states.to(self.dtype)
         least = torch.finfo(at_least_float32(states).dtype).min
         # Sums of exp(logit - highest so far), and of that times (logit - highest so far).
         highest = at_least_float32(states).new_full((len(states),), least / 2)
         picked, total, moment = (torch.zeros_like(highest) for _ in range(3))
         for span in self.spans:
-            logits = self.logits(states, span)
+            logits = self.logits(states, self.weight[span].to(self.dtype), span)
             rows, columns = _inside(targets, span)
             picked[rows] = logits[rows, columns]
             risen = torch.maximum(highest, logits.amax(1))
@@ -164,14 +164,15 @@ class _Head:
 
         d logprob / d logits = (onehot(target) - softmax) / temperature.
         """
-        inputs, dtype = states.to(self.weight.dtype), self.weight.dtype
+        inputs = states.to(self.dtype)
         for_states = torch.zeros_like(at_least_float32(states))
         for span in self.spans:
-            slope = self.logits(inputs, span).sub_(log_z[:, None]).exp_().mul_(-gradient[:, None])
+            weight = self.weight[span].to(self.dtype)
+            slope = self.logits(inputs, weight, span).sub_(log_z[:, None]).exp_().mul_(-gradient[:, None])
             rows, columns = _inside(targets, span)
             slope[rows, columns] += gradient[rows]
-            slope = slope.div_(self.temperature).to(dtype)
-            for_states += slope @ self.weight[span]
+            slope = slope.div_(self.temperature).to(self.dtype)
+            for_states += slope @ weight
             if for_weight is not None:
                 for_weight[span] += slope.t() @ inputs
             if for_bias is not None:

@@ -66,7 +66,7 @@ class NativeGenerator:
         logprobs = torch.zeros(len(prompts), steps, dtype=wide, device=device)
         lengths = torch.zeros_like(rows)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        with packed_weights(self._policy.model, len(prompts)):
+        with packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype):
             for step in range(steps if prompts else 0):  # a rank of many may have no rows
                 logits = self._next_logits(inputs, mask[:, : width + step], positions, cache)
                 uniform = None if uniforms is None else uniforms[rows.cpu(), step]

@@ -19,10 +19,10 @@ from tercet.models.attention import SHORT
 from tercet.runtime.machine import Machine
 
 MIB, GIB = 2**20, 2**30
-PROCESS = 420 * MIB  # Python with its libraries, before any model
+PROCESS = 500 * MIB  # Python with its libraries, oneDNN's kernels for every shape, gaps in the heap
 HEAD_CHUNK = 8_000_000  # logits that algo/logprobs.py holds at a time
-# Small tensors of adapters come to lie between the activations, so that freed memory is not used again whole (GPT-2: 1.5 to 2.1).
-ADAPTER_GAPS = 1.8
+# Small tensors of adapters come to lie between the activations, so that freed memory is not used again whole (GPT-2: 1.3 to 1.5).
+ADAPTER_GAPS = 1.5
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Load:
 class Need:
     """Bytes of one stage at its peak.
 
-    weights: of all models that it holds; training: gradients, Adam's moments and, under bfloat16, float32 originals; working: of a
-    forward and backward pass, or of sampling if that is more; other: the process itself, and merging adapters at the end.
+    weights: of all models that it holds; training: gradients and Adam's moments; working: of a forward and backward pass, or of
+    sampling if that is more; other: the process itself, and merging adapters at the end.
     """
 
     stage: str
@@ -122,26 +122,24 @@ def needs(shape: Shape, load: Load) -> list[Need]:
 
 def _need(stage: str, shape: Shape, load: Load) -> Need:
     adapter = None if stage == "pretrain" else load.adapter
-    policies = {"ppo": 2, "evaluate": 2}.get(stage, 0 if stage == "reward" else 1)  # with the reference
-    scorers = {"reward": 1, "ppo": 2, "evaluate": 2}.get(stage, 0)  # value model and reward model; reward model and judge
+    frozen = {"ppo": 1, "evaluate": 2}.get(stage, 0)  # policies, and as many scorers
     trained = {"ppo": 2, "evaluate": 0}.get(stage, 1)
     whole = 4 * shape.parameters
-    half = load.dtype is torch.bfloat16
-    policy, scorer = (_weights(shape, load.dtype, head=head) for head in (True, False))
+    policy, scorer = (_frozen(shape, load.dtype, head=head) for head in (True, False))
     working = _activations(stage, shape, load) if trained else 0
     if stage in ("reward", "ppo", "evaluate"):
         working = max(working, _sampling(shape, load))
     if adapter is None:
         learned = _wide(load.dtype) * shape.parameters
-        weights = policies * policy + scorers * scorer
+        weights = frozen * (policy + scorer) + trained * learned
         loading = 0 if trained else whole  # of the last model, where no gradients need the room later
     else:
         learned = _wide(load.dtype) * adapter * shape.adapter
         weights = policy + (trained + (stage == "ppo")) * learned
-        working, loading = int(ADAPTER_GAPS * working), whole
-    originals = learned if half else 0
-    # Gradients of one role are in memory at a time, in float32; two moments for each role that learns.
-    training = trained * (originals + 2 * learned) + (learned if trained else 0)
+        # A merged model, with no activations beside it, at the stage's end.
+        working, loading = max(int(ADAPTER_GAPS * working), whole), 0
+    # Gradients of one role are in memory at a time; two moments for each role that learns.
+    training = trained * 2 * learned + (learned if trained else 0)
     return Need(stage, weights, training, working, PROCESS + loading)
 
 
@@ -154,8 +152,8 @@ def _narrow(dtype: torch.dtype) -> int:
     return 2 if dtype is torch.bfloat16 else _wide(dtype)
 
 
-def _weights(shape: Shape, dtype: torch.dtype, *, head: bool) -> int:
-    """A model as it computes: matrices in dtype, the rest in float32. A scorer's own head is too small to count."""
+def _frozen(shape: Shape, dtype: torch.dtype, *, head: bool) -> int:
+    """A model that learns nothing: matrices in dtype, the rest in float32. A scorer's own head is too small to count."""
     matrices = shape.linear + (shape.head if head else 0)
     untouched = shape.parameters - shape.linear - (shape.head if head or not shape.tied else 0)
     return _narrow(dtype) * matrices + _wide(dtype) * untouched
@@ -180,9 +178,7 @@ def _activations(stage: str, shape: Shape, load: Load) -> int:
     kept = load.tokens[stage] * (layer + shape.layers * wide * shape.width if load.recompute else shape.layers * layer)
     if stage == "reward":
         return kept
-    frozen_head = load.adapter is not None and stage != "pretrain"
-    head = HEAD_CHUNK * (3 * wide + narrow) + (0 if frozen_head else 2 * narrow * shape.head)
-    return kept + head
+    return kept + HEAD_CHUNK * (3 * wide + narrow)
 
 
 def _sampling(shape: Shape, load: Load) -> int:

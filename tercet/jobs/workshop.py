@@ -33,7 +33,7 @@ from tercet.models.load import (
 from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.distributed import World
 from tercet.runtime.files import folder_beside, replace_folder
-from tercet.runtime.machine import Machine
+from tercet.runtime.machine import Machine, release_free_memory
 from tercet.runtime.progress import console
 from tercet.runtime.stage import Interrupt, StageRun, Watch
 from tercet.scoring.base import Scorer, WeightedSum
@@ -199,6 +199,7 @@ class Workshop:
 
     def write_model(self, final: Path, save: Any) -> None:
         """Let the first rank write a checkpoint beside its place, then put it there whole."""
+        release_free_memory()  # of activations: a merged adapter is a whole model more
         if self.world.is_main:
             temporary = folder_beside(final)
             save(temporary)
@@ -210,8 +211,8 @@ class Workshop:
 
         def save(folder: Path) -> None:
             ids, temperature = sorted(self.template.stop_ids), self.config.ppo.temperature
-            with policy.full_precision() as model:
-                save_policy(model, self.tokenizer, folder, temperature=temperature, stop_ids=ids, card=model_card(about))
+            model = policy.full_precision()
+            save_policy(model, self.tokenizer, folder, temperature=temperature, stop_ids=ids, card=model_card(about))
 
         self.write_model(final, save)
 
@@ -219,8 +220,7 @@ class Workshop:
         self._write_adapter(scorer, final)
 
         def save(folder: Path) -> None:
-            with scorer.full_precision() as model:
-                save_classifier(model, self.tokenizer, folder, card=model_card(about))
+            save_classifier(scorer.full_precision(), self.tokenizer, folder, card=model_card(about))
 
         self.write_model(final, save)
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tercet.models.kernels import use_fast_adapters
 from tercet.models.roles import Policy, ScoreModel, init_score_head, score_head
 from tercet.types import TercetError
 
@@ -87,7 +88,7 @@ class Backbone:
         )
         about.inference_mode = True
         about.save_pretrained(str(folder))
-        named = {name: role.masters.get(f"model.{name}", p.data) for name, p in role.model.named_parameters() if p.requires_grad}
+        named = {name: parameter.data for name, parameter in role.model.named_parameters() if parameter.requires_grad}
         tensors = {
             f"base_model.model.{name.replace('.default', '')}": value.float().contiguous() for name, value in named.items()
         }
@@ -110,6 +111,7 @@ class Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(settings, model)
+        use_fast_adapters(model)
         wide = torch.float64 if self.reference.compute_dtype is torch.float64 else torch.float32
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name or id(parameter) in trained)
@@ -118,7 +120,7 @@ class Backbone:
 
     @torch.no_grad()
     def _merged(self, role: Policy | ScoreModel) -> PreTrainedModel:
-        """An ordinary float32 model that computes what backbone and adapter do together; called with float32 weights in place."""
+        """An ordinary float32 model that computes what backbone and adapter do together; of a role that learns."""
         whole = self._load()
         own, trunk = role.model.base_model, whole.base_model
         for name in _adapters(own):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def use_fast_products(model: nn.Module) -> None:
 
 class _FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype is not torch.bfloat16:
+        if not _computes_in_half(self.weight):
             return super().forward(x)
         product: Tensor = _Product.apply(x.bfloat16(), self.weight, self.bias)
         return product
@@ -47,7 +47,7 @@ class _FastConv1D(Conv1D):
     with a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype is not torch.bfloat16:
+        if not _computes_in_half(self.weight):
             forwarded: Tensor = super().forward(x)
             return forwarded
         product: Tensor = _Product.apply(x.bfloat16(), self.weight.t(), self.bias)
@@ -57,15 +57,20 @@ class _FastConv1D(Conv1D):
 _FAST = {nn.Linear: _FastLinear, Conv1D: _FastConv1D}
 
 
+def _computes_in_half(weight: Tensor) -> bool:
+    return weight.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
 class _Product(torch.autograd.Function):
-    """x (..., i) @ weight (o, i)^T + bias (o,), in bfloat16."""
+    """x (..., i) @ weight (o, i)^T + bias (o,), in bfloat16. A float32 weight is rounded for the forward and again for the backward
+    product, lest half a model more be in memory between the two; autograd makes its gradient float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(rows, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        product = _by_rows(rows, weight, None if bias is None else bias.bfloat16())
+        product = _by_rows(rows, weight.bfloat16(), None if bias is None else bias.bfloat16())
         return product.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -74,7 +79,7 @@ class _Product(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, len(weight))
         for_x = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = _by_rows(gradient, weight.t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
+            for_x = _by_rows(gradient, weight.bfloat16().t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
         if ctx.needs_input_grad[1]:  # in the memory layout that the weight has
             contiguous = weight.is_contiguous()
             for_weight = _transposed_product(gradient, rows) if contiguous else _transposed_product(rows, gradient).t()
@@ -83,11 +88,63 @@ class _Product(torch.autograd.Function):
         return for_x, for_weight, for_bias
 
 
+def use_fast_adapters(model: nn.Module) -> None:
+    """Let peft's LoRA layers (no dropout, an adapter named "default") add onto the frozen layer's product in place. peft's own forward
+    casts the inputs to float32, and goes three times over the outputs."""
+    for layer in model.modules():
+        if _has_adapter(layer):
+            layer.forward = functools.partial(_adapted, layer)
+
+
+def _has_adapter(layer: nn.Module) -> bool:
+    return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+
+
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    """W x + b + scale * B A x"""
+    base, down, up, scale = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"].weight, layer.scaling["default"]
+    if torch.is_grad_enabled():
+        weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+        adapted: Tensor = _AdaptedProduct.apply(x, weight, base.bias, down.weight, up, scale)
+        return adapted
+    product: Tensor = base(x)
+    low: Tensor = down(x)
+    product.view(-1, len(up)).addmm_(low.view(-1, up.shape[1]), up.t().to(low.dtype), alpha=scale)
+    return product
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """x (..., i) @ weight (o, i)^T + bias (o,) + scale * (x @ down (r, i)^T) @ up (o, r)^T, with gradients of x, down and up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        kind, ctx.scale = x.device.type, scale
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        rows, weight, half = x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), down.to(dtype)
+        product = _by_rows(rows, weight, None if bias is None else bias.to(dtype))
+        low = F.linear(rows, half)
+        product.addmm_(low, up.t().to(dtype), alpha=scale)
+        ctx.save_for_backward(rows, low, weight, down, up)
+        return product.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, weight, down, up = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, len(weight))
+        for_low = (gradient @ up.to(low.dtype)).mul_(ctx.scale)
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            for_x = _by_rows(gradient, weight.t(), None).addmm_(for_low, down.to(low.dtype))
+            for_x = for_x.view(*gradients[0].shape[:-1], rows.shape[1])
+        for_up = (gradient.t() @ low).mul_(ctx.scale).to(up.dtype)
+        return for_x, None, None, (for_low.t() @ rows).to(down.dtype), for_up, None
+
+
 def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight^T + bias, some rows at a time where oneDNN gives both halves of the work to one thread: 768 to 1,280 rows to some 768
     columns (1,088 x 3,072 x 768 took 4.6 ms on two threads, in parts 3.1; elsewhere parts took up to three times as long)."""
-    lopsided = 640 < len(x) <= 1280 and len(weight) <= 1024 and weight.numel() >= 2**19
-    if not lopsided or torch.get_num_threads() == 1:
+    lopsided = 640 < len(x) <= 1280 and len(weight) <= 1024 and weight.numel() >= 2**19 and x.dtype is torch.bfloat16
+    if not lopsided or torch.get_num_threads() == 1 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     return torch.cat([F.linear(part, weight, bias) for part in x.split(512)])
 
@@ -122,33 +179,47 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
-    """Let linear layers that are in bfloat16 on a CPU multiply about `rows` rows at a time from a copy of their weights in oneDNN's
-    own layout. For inference alone: the copy neither gives gradients nor follows changes.
+def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype) -> Iterator[None]:
+    """Let the linear layers of a model that computes in bfloat16 multiply about `rows` rows at a time from a rounded copy of their
+    weights, on a CPU in oneDNN's own layout. For inference alone: the copy neither gives gradients nor follows changes.
 
     oneDNN brings a weight into that layout at every product, which takes as long as multiplying a few rows: a decoding step of
     GPT-2 with 16 rows took 32 instead of 39 ms.
     """
-    chosen: list[Any] = []
-    if torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
-        kinds = {*_FAST, *_FAST.values()}
-        chosen = [module for module in model.modules() if type(module) in kinds and _is_half_on_cpu(module.weight)]
-    for module in chosen:
-        weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-        bias = None if module.bias is None else module.bias.detach().bfloat16()
-        module.forward = functools.partial(_packed_product, packed, bias)
+    layers: list[Any] = []
+    if dtype is torch.bfloat16 and not torch.is_grad_enabled():
+        layers = [module for module in model.modules() if type(module) in (*_FAST, *_FAST.values())]
+    layers += [module for module in model.modules() if layers and _has_adapter(module)]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _packed(layer, rows)
     try:
         yield
     finally:
-        for module in chosen:
-            del module.forward  # the class's own again
+        for layer, forward in zip(layers, before):
+            del layer.forward  # the class's own again
+            if forward is not None:
+                layer.forward = forward
+
+
+def _packed(layer: Any, rows: int) -> Callable[[Tensor], Tensor]:
+    """What computes the layer's product from a rounded copy of its weight; of an adapter's layer when its parts are packed already."""
+    if _has_adapter(layer):
+        down, up = layer.lora_A["default"], layer.lora_B["default"]
+        return functools.partial(_packed_sum, layer.base_layer.forward, down.forward, up.forward, layer.scaling["default"])
+    weight = (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach().bfloat16()
+    bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return functools.partial(F.linear, weight=weight, bias=bias)
+    return functools.partial(_packed_product, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows), bias)
+
+
+def _packed_sum(base: Any, down: Any, up: Any, scale: float, x: Tensor) -> Tensor:
+    x = x.bfloat16()
+    product: Tensor = base(x)
+    return product.add_(up(down(x)), alpha=scale)
 
 
 def _packed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, "none", [], "")
     return product
-
-
-def _is_half_on_cpu(weight: Any) -> bool:
-    return isinstance(weight, Tensor) and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"

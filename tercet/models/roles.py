@@ -1,9 +1,8 @@
 """The roles of a run: each is one module whose forward takes Sequences and returns response-aligned tensors.
 
-Autocast is entered inside these forwards and nowhere else, so all roles compute in the same precision. Under bfloat16 the
-weights of matrix products are held in it: autocast would cast them anew in every forward. A role that learns keeps their float32
-originals in `masters`, which the optimizer changes. Dropout is 0. No attention mask is passed: in the right-padded layout a causal
-model's real tokens never see a pad.
+Autocast is entered inside these forwards and nowhere else, so all roles compute in the same precision. Under bfloat16 a role that
+learns holds float32 weights, which every product rounds; one that is frozen holds the rounded ones alone. Dropout is 0. No
+attention mask is passed: in the right-padded layout a causal model's real tokens never see a pad.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +28,12 @@ from tercet.types import Sequences, TercetError
 class _Role(nn.Module):
     """A Hugging Face model with the precision that it computes in."""
 
+    _rounds_head = False
+
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype):
         super().__init__()
         self.model = model.double() if compute_dtype is torch.float64 else model
         self.compute_dtype = compute_dtype
-        self.masters: dict[str, Tensor] = {}  # by parameter name
         self.merge: Callable[[], PreTrainedModel] | None = None  # how an adapter and its backbone become one model
         fuse_activations(self.model)
         with self.autocast():
@@ -60,52 +60,35 @@ class _Role(nn.Module):
         return packing.unpack(_packed_states(self.model.base_model, ids, packing))
 
     def freeze(self) -> None:
-        """No gradients, and no float32 originals."""
+        """No gradients, and under bfloat16 no more digits than matrix products take."""
         self.requires_grad_(False).eval()
-        self.masters = {}
+        if self.compute_dtype is not torch.bfloat16:
+            return
+        heads: list[Any] = [self.head] if self._rounds_head else []
+        rounded = {id(parameter) for module in (*self._multiplying(), *heads) for parameter in module.parameters()}
+        for parameter in self.parameters():
+            # The others are copied, lest one small tensor keeps the checkpoint's whole file in memory.
+            parameter.data = parameter.data.bfloat16() if id(parameter) in rounded else parameter.data.clone()
+
+    def _multiplying(self) -> list[Any]:
+        """The layers of the trunk that are matrix products."""
+        return [module for module in self.model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
 
     def flops(self, tokens: int, head_tokens: int) -> int:
         """Floating-point operations of a forward over `tokens` tokens, `head_tokens` of which reach the head: two for each weight of
         a linear layer and token. Attention's own products, a few per cent on short texts, are left out."""
-        linear = [module for module in self.model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
         head: Any = self.head
-        return 2 * (sum(module.weight.numel() for module in linear) * tokens + head.weight.numel() * head_tokens)
+        return 2 * (sum(module.weight.numel() for module in self._multiplying()) * tokens + head.weight.numel() * head_tokens)
 
-    @contextlib.contextmanager
-    def full_precision(self) -> Iterator[PreTrainedModel]:
-        """The model with its float32 weights in place, to be saved."""
-        if self.compute_dtype is torch.float64 and self.merge is None:
-            yield copy.deepcopy(self.model).float()
-            return
-        named = dict(self.named_parameters())
-        halves = {name: named[name].data for name in self.masters}
-        for name, master in self.masters.items():
-            named[name].data = master.data
-        try:
-            yield self.model if self.merge is None else self.merge()
-        finally:
-            for name, half in halves.items():
-                named[name].data = half
-
-    def _halve(self, *heads: nn.Module) -> None:
-        """Hold the weights of the trunk's linear layers and of `heads` in bfloat16, if that is what this role computes in."""
-        if self.compute_dtype is not torch.bfloat16:
-            return
-        linear = [module for module in self.model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
-        chosen = {id(parameter) for module in (*linear, *heads) for parameter in module.parameters()}
-        for name, parameter in self.named_parameters():
-            if id(parameter) in chosen and parameter.dtype is torch.float32:
-                self.masters[name] = parameter.data
-                parameter.data = parameter.data.bfloat16()
-            elif parameter.requires_grad:  # a copy, lest one small tensor keeps the checkpoint's whole file in memory
-                parameter.data = parameter.data.clone()
-        embedding = self.model.get_input_embeddings()
-        if id(next(embedding.parameters())) in chosen:  # tied to the head: the sums of the residual stream stay in float32
-            embedding.register_forward_hook(_as_float32)
+    def full_precision(self) -> PreTrainedModel:
+        """The model to be saved, with float32 weights; of a role that learns."""
+        if self.merge is not None:
+            return self.merge()
+        return copy.deepcopy(self.model).float() if self.compute_dtype is torch.float64 else self.model
 
 
-def _as_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.float()
+def _rounded(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.bfloat16().float()
 
 
 class Policy(_Role):
@@ -115,7 +98,12 @@ class Policy(_Role):
         super().__init__(model, compute_dtype)
         with self.autocast():
             self.own_logits = not _head_is_plain(model)
-        self._halve(model.get_output_embeddings())
+        embedding = model.get_input_embeddings()
+        tied = next(embedding.parameters()) is self.head.weight
+        # An embedding that scales what it looks up (Gemma) would do so in half precision: it keeps its float32.
+        self._rounds_head = not tied or type(embedding) is nn.Embedding
+        if compute_dtype is torch.bfloat16 and tied and self._rounds_head:
+            embedding.register_forward_hook(_rounded)  # whether frozen or not; the sums of the residual stream stay in float32
 
     def forward(
         self, sequences: Sequences, *, temperature: float = 1.0, with_entropy: bool = False
@@ -156,7 +144,6 @@ class ScoreModel(_Role):
         with self.autocast():
             _check_score(model, self.head)
         self.offset = float(getattr(model.config, "score_offset", 0.0))
-        self._halve()
 
     def forward(self, sequences: Sequences, *, per_token: bool = False) -> Tensor:
         """Scores (B,) read at the last real token; with `per_token` values (B, T), values[:, t] = V(x, y_<t), 0 outside the mask."""

@@ -48,10 +48,7 @@ class Checkpoints:
         temporary = self._folder / f".writing-{step:09d}"
         temporary.mkdir()
         for group, named in tensors.items():
-            save_file(
-                {name: value.detach().cpu().contiguous().clone() for name, value in named.items()},
-                temporary / f"{group}.safetensors",
-            )
+            save_file(_apart(named), temporary / f"{group}.safetensors")
         state = {"format": FORMAT, "step": step, "values": values}
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
@@ -154,6 +151,18 @@ def restore_random_state(state: dict[str, Any], device: torch.device = CPU) -> N
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _apart(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each in memory that no other one shares, as the file format demands; copied only where they are not."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in named.items():
+        value = tensor.detach().cpu().contiguous()
+        memory = value.untyped_storage()
+        found[name] = value.clone() if memory.data_ptr() in taken or memory.nbytes() > value.nbytes else value
+        taken.add(memory.data_ptr())
+    return found
 
 
 def _hash(path: Path) -> str:

@@ -89,7 +89,7 @@ def _keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks below this come from the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
 
 
@@ -207,4 +207,4 @@ def _tokens(device: torch.device, parameters: int, adapter: bool) -> int:
         return 16_384
     if parameters < _SMALL_MODEL:
         return 4_096
-    return 512 if adapter else 2_048  # beside adapters a micro-batch's activations are most of the memory
+    return 768 if adapter else 2_048  # beside adapters a micro-batch's activations are most of the memory

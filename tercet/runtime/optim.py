@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +11,15 @@ from tercet.runtime.distributed import World
 
 
 class Optimizer:
-    """AdamW (betas 0.9, 0.999, eps 1e-5) over a module's trainable parameters, with state that is saved by parameter name.
-
-    A module may hold some of its parameters in half precision and their float32 originals in a dictionary `masters`, by name.
-    Then gradients are summed, and steps taken, in float32, and the rounded results copied to the module.
-    """
+    """AdamW (betas 0.9, 0.999, eps 1e-5) over a module's trainable parameters, with state that is saved by parameter name."""
 
     def __init__(self, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world: World):
-        masters: dict[str, Tensor] = getattr(module, "masters", {})
-        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._halves = {name: parameter for name, parameter in trained.items() if name in masters}
-        self._named = {name: masters.get(name, parameter) for name, parameter in trained.items()}
-        for name, half in self._halves.items():
-            half.register_post_accumulate_grad_hook(_move_gradient_to(self._named[name].requires_grad_()))
+        self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         for embedding in (part for part in module.modules() if isinstance(part, nn.Embedding)):
-            if embedding.weight.requires_grad and _is_large(embedding.weight):
+            if embedding.weight.requires_grad and embedding.weight.nbytes >= _LARGE and embedding.weight.device.type == "cpu":
                 # Only the rows that were looked up have a gradient: else the rest is zeros, written each time.
                 embedding.sparse = True
-                if not any(embedding.weight is half for half in self._halves.values()):
-                    embedding.weight.register_post_accumulate_grad_hook(_hold_densely)
+                embedding.weight.register_post_accumulate_grad_hook(_hold_densely)
         self._max_grad_norm = max_grad_norm
         self._world = world
         fused = all(p.device.type in ("cpu", "cuda") for p in self._named.values())
@@ -55,12 +44,12 @@ class Optimizer:
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate
             self._adam.step()
-            self._round()
-        self._clear()
+        for parameter in self._named.values():
+            parameter.grad = None
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained parameters by name, each in float32 or wider."""
+        """The trained parameters by name."""
         return {name: parameter.data for name, parameter in self._named.items()}
 
     @torch.no_grad()
@@ -68,7 +57,6 @@ class Optimizer:
         """Restore what `weights` gave."""
         for name, parameter in self._named.items():
             parameter.copy_(tensors[name])
-        self._round()
 
     def state(self) -> dict[str, Tensor]:
         """The moments, named "parameter/exp_avg" and so on."""
@@ -93,56 +81,14 @@ class Optimizer:
         elif over > 1:
             nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
 
-    def _clear(self) -> None:
-        for parameter in self._named.values():
-            if parameter.grad is not None and _is_large(parameter):
-                _spare[_kind(parameter)] = parameter.grad
-            parameter.grad = None
 
-    @torch.no_grad()
-    def _round(self) -> None:
-        for name, half in self._halves.items():
-            half.copy_(self._named[name])
-
-
-# Memory of large gradients between two steps, one for each kind of tensor. The system would take it back, and then spends longer on
-# handing it out again page by page (160 ms for GPT-2's 154 MB) than any pass over it takes.
-_spare: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
-
-
-def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return parameter.shape, parameter.dtype
-
-
-def _is_large(parameter: Tensor) -> bool:
-    """Whether fresh memory for it comes page by page."""
-    return parameter.device.type == "cpu" and parameter.numel() * parameter.element_size() >= 2**25
-
-
-def _memory_for(parameter: Tensor) -> Tensor:
-    """A tensor like the parameter, with anything in it."""
-    spare = _spare.pop(_kind(parameter), None) if _is_large(parameter) else None
-    return torch.empty_like(parameter) if spare is None else spare
-
-
-def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
-    def move(half: Tensor) -> None:
-        assert half.grad is not None
-        if master.grad is not None:
-            master.grad.add_(half.grad)
-        elif half.grad.is_sparse:
-            master.grad = _memory_for(master).zero_().add_(half.grad.float())
-        else:
-            master.grad = _memory_for(master).copy_(half.grad)
-        half.grad = None
-
-    return move
+_LARGE = 2**25  # bytes
 
 
 def _hold_densely(parameter: Tensor) -> None:
     """An embedding's gradient comes as the rows that were looked up: AdamW wants all of them."""
     if parameter.grad is not None and parameter.grad.is_sparse:
-        parameter.grad = _memory_for(parameter).zero_().add_(parameter.grad)
+        parameter.grad = torch.zeros_like(parameter).add_(parameter.grad)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

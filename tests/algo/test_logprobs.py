@@ -150,9 +150,9 @@ def test_never_more_logits_than_a_chunk_alive(monkeypatch: pytest.MonkeyPatch) -
     alive: list[weakref.ref[Tensor]] = []
     sizes, most_alive, compute = [], 0, module._Head.logits
 
-    def watched(self: module._Head, states: Tensor, span: slice) -> Tensor:
+    def watched(self: module._Head, states: Tensor, weight: Tensor, span: slice) -> Tensor:
         nonlocal most_alive
-        logits = compute(self, states, span)
+        logits = compute(self, states, weight, span)
         gc.collect()
         alive.append(weakref.ref(logits.untyped_storage()))
         sizes.append(logits.numel())

@@ -115,11 +115,13 @@ def test_weights_and_training_state_by_hand() -> None:
     half = {need.stage: need for need in needs(shape, Load(torch.bfloat16, None, tokens, tokens, 1, 1))}
     policy = 2 * (shape.linear + shape.head) + 4 * position_and_norms
     scorer = 2 * shape.linear + 4 * (p - shape.linear)  # the embedding is no head there: it stays in float32
-    assert (half["sft"].weights, half["sft"].training) == (policy, 16 * p)  # float32 originals, two moments, gradients
-    assert (half["ppo"].weights, half["ppo"].training) == (2 * policy + 2 * scorer, 2 * 12 * p + 4 * p)
+    # What learns holds float32 weights, what is frozen the rounded ones.
+    assert (half["sft"].weights, half["sft"].training) == (4 * p, 12 * p)
+    assert (half["ppo"].weights, half["ppo"].training) == (2 * 4 * p + policy + scorer, 2 * 8 * p + 4 * p)
+    assert (half["evaluate"].weights, half["evaluate"].training) == (2 * policy + 2 * scorer, 0)
     shared = {need.stage: need for need in needs(shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))}
     adapter = 4 * 16 * shape.adapter
-    assert (shared["ppo"].weights, shared["ppo"].training) == (policy + 3 * adapter, 2 * 3 * adapter + adapter)
+    assert (shared["ppo"].weights, shared["ppo"].training) == (policy + 3 * adapter, 2 * 2 * adapter + adapter)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
@@ -169,11 +171,11 @@ def test_what_a_run_asks_of_a_model() -> None:
 
 
 def table() -> str:
-    """Peaks in GiB, bfloat16, micro-batches of 2,048 tokens (512 beside adapters), 64 responses of at most 512 tokens sampled together."""
+    """Peaks in GiB, bfloat16, micro-batches of 2,048 tokens (768 beside adapters), 64 responses of at most 512 tokens sampled together."""
     lines = ["| model | training | SFT | reward model | PPO |", "|---|---|---|---|---|"]
     for name in PUBLISHED:
         shape, longest = shape_of(name), dict.fromkeys(("sft", "reward", "ppo"), 512)
-        for kind, rank, size in (("all weights", None, 2_048), ("adapters, rank 16", 16, 512)):
+        for kind, rank, size in (("all weights", None, 2_048), ("adapters, rank 16", 16, 768)):
             tokens = dict.fromkeys(longest, size)
             found = [f"{need.total / GIB:.1f}" for need in needs(shape, Load(torch.bfloat16, rank, tokens, longest, 64, 512))]
             lines.append(f"| {name} | {kind} | {' | '.join(found)} |")

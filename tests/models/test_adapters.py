@@ -77,7 +77,8 @@ def test_merged_it_is_an_ordinary_model_with_the_same_numbers(architecture: str)
     policy, scorer = backbone.policy(seed=0), backbone.scorer(seed=1)
     move(policy)
     move(scorer)
-    with torch.no_grad(), policy.full_precision() as model, scorer.full_precision() as classifier:
+    model, classifier = policy.full_precision(), scorer.full_precision()
+    with torch.no_grad():
         assert model.dtype is classifier.dtype is torch.float32 and not any("lora" in name for name in model.state_dict())
         assert torch.allclose(Policy(model)(sequences)[0], policy(sequences)[0], atol=1e-4)
         assert torch.allclose(ScoreModel(classifier)(sequences), scorer(sequences), atol=1e-4)

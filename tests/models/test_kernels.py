@@ -13,6 +13,7 @@ from tercet.models.kernels import (
     fuse_activations,
     packed_weights,
     recompute_activations,
+    use_fast_adapters,
     use_fast_products,
 )
 
@@ -60,6 +61,22 @@ def test_fast_products_and_their_gradients_are_those_of_float64_up_to_rounding(r
         assert error < 0.01, error
 
 
+def test_float32_weights_are_rounded_for_the_product_and_get_float32_gradients():
+    rounded, wide = layers(), layers().float()
+    use_fast_products(rounded)
+    use_fast_products(wide)
+    x = torch.randn(3, 7, 24).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        for model in (rounded, wide):
+            output = model(x)
+            output.backward(torch.ones_like(output))
+        for half, whole in zip(rounded.parameters(), wide.parameters()):
+            assert whole.grad is not None and whole.grad.dtype is torch.float32 and whole.grad.stride() == whole.stride()
+            assert torch.equal(half.grad, whole.grad.bfloat16())
+        with torch.no_grad(), packed_weights(wide, 21, torch.bfloat16):
+            torch.testing.assert_close(wide(x), rounded(x), rtol=0.02, atol=0.02)
+
+
 def test_layers_in_float32_keep_their_own_product():
     plain = layers().float()
     fast = copy.deepcopy(plain)
@@ -72,23 +89,23 @@ def test_packed_weights_give_the_same_products_and_go_again():
     plain = layers()
     packed = copy.deepcopy(plain)
     x = torch.randn(3, 1, 24).bfloat16()
-    with torch.no_grad(), packed_weights(packed, 3):
+    with torch.no_grad(), packed_weights(packed, 3, torch.bfloat16):
         assert all("forward" in vars(layer) for layer in packed)
         torch.testing.assert_close(packed(x), plain(x), rtol=0.02, atol=0.02)
         assert packed(x[:2]).shape == (2, 1, 8)
     assert not any("forward" in vars(layer) for layer in packed)
-    with torch.no_grad(), packed_weights(plain.float(), 3):
+    with torch.no_grad(), packed_weights(plain.float(), 3, torch.float32):
         assert not any("forward" in vars(layer) for layer in plain), "float32 is left alone"
 
 
 def test_packed_weights_are_anew_after_a_step():
     model, x = layers(), torch.randn(2, 24).bfloat16()
     with torch.no_grad():
-        with packed_weights(model, 2):
+        with packed_weights(model, 2, torch.bfloat16):
             before = model(x)
         for parameter in model.parameters():
             parameter.mul_(2)
-        with packed_weights(model, 2):
+        with packed_weights(model, 2, torch.bfloat16):
             after = model(x)
         torch.testing.assert_close(after, model(x), rtol=0.02, atol=0.05)
     assert not torch.allclose(after, before, rtol=0.1)
@@ -125,3 +142,58 @@ def test_recomputing_leaves_sampling_with_a_cache_alone():
         outputs = [model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True) for model in (plain, recomputed)]
     assert outputs[1].past_key_values.get_seq_length() == 3
     assert torch.equal(outputs[0].logits, outputs[1].logits)
+
+
+def adapted(fast: bool) -> nn.Sequential:
+    """`layers` in float64 below adapters of rank 3 that do something."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = layers().double()
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=["0", "1", "2", "3"]), model)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+        if "lora" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator).double()
+    if fast:
+        use_fast_adapters(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_fast_adapters_give_the_outputs_and_gradients_of_pefts_own(dtype: torch.dtype):
+    exact, model = adapted(fast=False), adapted(fast=True)
+    if dtype is torch.bfloat16:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.float() if "lora" in name else parameter.data.bfloat16()
+    tolerance = 1e-12 if dtype is torch.float64 else 0.06  # of the first layer's gradients, four layers on
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2)).bfloat16()
+    inputs = [x.double().requires_grad_(), x.to(dtype).requires_grad_()]
+    outputs = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        for one, given in zip((exact, model), inputs):
+            with torch.autocast("cpu", enabled=one is model and dtype is torch.bfloat16):
+                outputs.append(one(given))
+                outputs[-1].backward(torch.ones_like(outputs[-1]))
+        with torch.no_grad():
+            assert torch.equal(model(inputs[1]), outputs[1]), "scoring and learning must agree to the bit"
+    learned = [(a, b) for a, b in zip(exact.parameters(), model.parameters()) if a.requires_grad]
+    assert len(learned) == 8
+    found = [(inputs[0].grad, inputs[1].grad), (outputs[0], outputs[1]), *((a.grad, b.grad) for a, b in learned)]
+    for wanted, given in found:
+        assert (given.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_adapters_of_packed_weights_are_packed_with_them():
+    model = adapted(fast=True).float()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+    use_fast_products(model)
+    x = torch.randn(3, 1, 24, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain, own = model(x), [vars(layer)["forward"] for layer in model]
+        with packed_weights(model, 3, torch.bfloat16):
+            assert all(vars(layer)["forward"] is not forward for layer, forward in zip(model, own))
+            torch.testing.assert_close(model(x), plain, rtol=0.02, atol=0.05)
+        assert [vars(layer)["forward"] for layer in model] == own
+        assert torch.equal(model(x), plain)

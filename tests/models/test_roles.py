@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tercet.models.load import load_causal_lm
 from tercet.models.roles import Policy, ScoreModel, init_score_head
+from tercet.runtime.distributed import World
+from tercet.runtime.optim import Optimizer
 from tercet.types import Sequences, TercetError
 
 EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -192,18 +194,50 @@ def test_bfloat16_roles_agree_whether_frozen_or_not(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "llama_untied"])
-def test_float32_originals_come_back_to_be_saved(architecture: str) -> None:
-    original = causal_lm(architecture)
-    policy = Policy(causal_lm(architecture), torch.bfloat16)
-    halves = {name: p.clone() for name, p in policy.model.named_parameters()}
-    assert {p.dtype for p in halves.values()} == {torch.float32, torch.bfloat16}
-    assert halves[next(n for n, p in policy.model.named_parameters() if p is policy.head.weight)].dtype is torch.bfloat16
-    with policy.full_precision() as model:
-        assert model.dtype is torch.float32
-        assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(model.parameters(), original.parameters()))
-    assert all(torch.equal(p, halves[name]) and p.dtype is halves[name].dtype for name, p in policy.model.named_parameters())
-    policy.freeze()
-    assert not policy.masters
+def test_a_policy_that_learns_keeps_float32_weights_and_a_frozen_one_the_rounded(architecture: str) -> None:
+    original, policy, sequences = causal_lm(architecture), Policy(causal_lm(architecture), torch.bfloat16), ragged(SHAPES)
+    saved = policy.full_precision()
+    assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(saved.parameters(), original.parameters()))
+    with torch.no_grad():
+        before = policy(sequences)[0]
+        policy.freeze()
+        assert torch.equal(policy(sequences)[0], before), "products round the float32 weights as freezing does"
+    assert {p.dtype for p in policy.parameters()} == {torch.float32, torch.bfloat16}
+    assert policy.head.weight.dtype is torch.bfloat16
+
+
+def test_steps_too_small_for_bfloat16_add_up() -> None:
+    """At 1 bfloat16 is spaced by 1/128 or 1/256; AdamW's steps with a constant gradient are of size `rate`."""
+    policy, sequences = Policy(causal_lm("llama_untied"), torch.bfloat16), ragged(SHAPES)
+    weight = policy.model.model.layers[0].mlp.down_proj.weight
+    weight.data.fill_(1.0)
+    adam = Optimizer(policy, weight_decay=0.0, max_grad_norm=1e9, world=World())
+    with torch.no_grad():
+        before = policy(sequences)[0]
+    for count in range(1, 11):
+        for parameter in policy.parameters():
+            parameter.grad = (parameter == weight).float() if parameter is weight else None
+        adam.step(1e-3)
+        assert weight.dtype is torch.float32
+        assert torch.allclose(weight, torch.full_like(weight, 1 - count * 1e-3), rtol=1e-5)
+    with torch.no_grad():
+        assert not torch.equal(policy(sequences)[0], before)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "llama_untied"])
+def test_gradients_under_bfloat16_are_float32_and_near_those_in_float32(architecture: str) -> None:
+    """Micro-batches are added in float32: 257 times the same gradient is not 256 times it, as it would be in bfloat16."""
+    sequences, found = ragged(SHAPES), []
+    for dtype, times in ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 257)):
+        policy = Policy(causal_lm(architecture), dtype)
+        for _ in range(times):
+            policy(sequences)[0].sum().backward()
+        found.append({name: p.grad.to_dense() for name, p in policy.named_parameters() if p.grad is not None})
+    exact, half, many = found
+    for name, wanted in exact.items():
+        assert half[name].dtype is torch.float32
+        assert (half[name] - wanted).norm() < 0.1 * wanted.norm() + 1e-3, name
+        torch.testing.assert_close(many[name], 257 * half[name], rtol=1e-4, atol=1e-4 * float(many[name].abs().max()))
 
 
 def test_a_tied_embedding_in_bfloat16_leaves_the_residual_stream_in_float32() -> None:
@@ -213,8 +247,7 @@ def test_a_tied_embedding_in_bfloat16_leaves_the_residual_stream_in_float32() ->
 
 def test_a_float64_role_is_saved_in_float32() -> None:
     policy = Policy(causal_lm("gpt2"), DOUBLE)
-    with policy.full_precision() as model:
-        assert model.dtype is torch.float32
+    assert policy.full_precision().dtype is torch.float32
     assert policy.model.dtype is DOUBLE
 
 

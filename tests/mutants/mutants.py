@@ -87,7 +87,7 @@ LOGPROBS: list[Row] = [
     ("the sum so far is not rescaled", "total = shift.exp() * total + weights.sum(1)", "total = total + weights.sum(1)"),
     ("the entropy's sum so far is not rescaled", "(moment + shift * total)", "moment"),
     ("the chunks' gradient without the target", "slope[rows, columns] += gradient[rows]", "pass"),
-    ("the chunks' gradient without the temperature", "slope = slope.div_(self.temperature).to(dtype)", "slope = slope.to(dtype)"),
+    ("the chunks' gradient without the temperature", "slope.div_(self.temperature).to(self.dtype)", "slope.to(self.dtype)"),
     ("only the last tokens reach the head's weight", "for_weight[span] += slope.t()", "for_weight[span] = slope.t()"),
     ("raw logits in place of log-probabilities", "squeeze(-1) - log_z", "squeeze(-1) - 0 * log_z"),
 ]
@@ -482,7 +482,27 @@ GREEDY = f"{NATIVE}greedy_in_a_padded_batch_is_generate_of_each_row_alone"
 FORWARD = f"{NATIVE}the_reported_logprobs_are_the_training_forwards"
 ENDS = f"{NATIVE}rows_end_at_the_first_stop_id_and_leave_the_batch {NATIVE}immediate_eos_and_the_length_limit"
 
+KERNELS: list[Row] = [
+    (
+        "an adapter's scale is left out",
+        "product.addmm_(low, up.t().to(dtype), alpha=scale)",
+        "product.addmm_(low, up.t().to(dtype))",
+    ),
+    (
+        "an adapter's A learns without the scale",
+        "(gradient @ up.to(low.dtype)).mul_(ctx.scale)",
+        "(gradient @ up.to(low.dtype))",
+    ),
+    ("an adapter's B learns without the scale", "(gradient.t() @ low).mul_(ctx.scale)", "(gradient.t() @ low)"),
+    ("nothing flows back through adapters", "None).addmm_(for_low, down.to(low.dtype))", "None)"),
+    ("adapters are not sampled", "product.add_(up(down(x)), alpha=scale)", "product"),
+    ("adapters are sampled without the scale", "product.add_(up(down(x)), alpha=scale)", "product.add_(up(down(x)))"),
+    ("adapters are gone after sampling", "if forward is not None:", "if forward is None:"),
+]
+
 ROLES: list[Row] = [
+    ("a policy that learns looks up numbers that a frozen one rounds", "tied and self._rounds_head:", "False:"),
+    ("an embedding scales in half precision", "not tied or type(embedding) is nn.Embedding", "True"),
     ("the reference is not frozen", "self.requires_grad_(False).eval()", "self.eval()"),
     ("the reference stays in training mode", "self.requires_grad_(False).eval()", "self.requires_grad_(False).train()"),
     ("the score is read at the row's width", "self._score(last_states(hidden, sequences.lengths))", "self._score(hidden[:, -1])"),
@@ -688,11 +708,13 @@ MUTANTS: list[Mutant] = [
     *_of(
         "runtime/optim.py",
         "runtime/test_optim.py",
-        [
-            ("the rounded weights are never renewed", "half.copy_(self._named[name])", "pass"),
-            ("only the last micro-batch counts", "master.grad.add_(half.grad)", "master.grad = half.grad.float()"),
-            ("micro-batches are added in bfloat16", "half.grad = None", "pass"),
-        ],
+        [("a large embedding learns nothing", "torch.zeros_like(parameter).add_(parameter.grad)", "torch.zeros_like(parameter)")],
+    ),
+    *_of("models/kernels.py", "models/test_kernels.py", KERNELS),
+    *_of(
+        "runtime/checkpoint.py",
+        "runtime/test_checkpoint.py",
+        [("tied tensors are saved as one", "value.clone() if memory.data_ptr() in taken or", "value.clone() if")],
     ),
     *_of("models/roles.py", "models/test_roles.py", ROLES),
     *_of("models/load.py", "models/test_load.py", LOAD),
