@@ -160,6 +160,7 @@ def adapted(fast: bool) -> nn.Sequential:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_fast_adapters_give_the_outputs_and_gradients_of_pefts_own(dtype: torch.dtype):
     exact, model = adapted(fast=False), adapted(fast=True)
@@ -184,6 +185,7 @@ def test_fast_adapters_give_the_outputs_and_gradients_of_pefts_own(dtype: torch.
         assert (given.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_adapters_of_packed_weights_are_packed_with_them():
     model = adapted(fast=True).float()
     for name, parameter in model.named_parameters():
