@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from protocol import Turns
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from workloads import EOS, workload_of
+from workloads import EOS, LEARNING_RATE, workload_of
 
 from tercet.config.ppo import PPOConfig
 from tercet.data.batches import microbatches
@@ -65,6 +65,8 @@ def main(folder: Path, name: str, dtype: str) -> None:
         iterations=10**6,
         rollout_batch_size=workload.batch,
         ppo_epochs=workload.epochs,
+        learning_rate=LEARNING_RATE,
+        value_learning_rate=LEARNING_RATE,
         max_new_tokens=workload.new_tokens,
         evaluate_every=1,
         save_rollouts_every=0,

@@ -12,7 +12,7 @@ from datasets import Dataset
 from protocol import Turns
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from workloads import WORKLOADS
+from workloads import LEARNING_RATE, WORKLOADS
 
 
 class Turn(TrainerCallback):
@@ -46,7 +46,7 @@ def main(folder: Path, name: str, dtype: str) -> None:
         response_length=workload.new_tokens,
         stop_token="eos",
         temperature=1.0,
-        learning_rate=3e-6,
+        learning_rate=LEARNING_RATE,
         num_sample_generations=0,
         save_strategy="no",
         report_to="none",

@@ -16,6 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 EOS, PAD = 0, 1
+# Of policy and value model on both sides: every computation is made and no weight moves, so that response lengths stay as planted. At
+# 3e-6 the peer's mean length fell from 26 to 8 tokens within six iterations of `ragged`.
+LEARNING_RATE = 1e-10
 
 
 @dataclass(frozen=True)
