@@ -76,6 +76,12 @@ def token_logprobs(
     return logprobs, None if entropies is None else torch.cat(entropies)
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """What matrix products with the weight are computed in: autocast's precision where it is on, else the weight's own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 def _check(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -127,8 +133,7 @@ class _Head:
     """An output layer a chunk of the vocabulary at a time, multiplied in autocast's precision; logits are divided by the temperature."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, width: int):
-        kind = weight.device.type
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        self.dtype = product_dtype(weight)
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.temperature = temperature
         self.spans = [slice(start, start + width) for start in range(0, len(weight), width)]

@@ -101,7 +101,7 @@ class Need:
     """Bytes of one stage at its peak.
 
     weights: of all models that it holds; training: gradients and Adam's moments; working: of a forward and backward pass, or of
-    sampling if that is more; other: the process itself, and merging adapters at the end.
+    sampling or merging adapters if that is more; other: the process itself, and loading where nothing is trained.
     """
 
     stage: str

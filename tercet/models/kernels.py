@@ -16,6 +16,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from tercet.algo.logprobs import product_dtype
 from tercet.models.attention import active_packing
 
 
@@ -36,7 +37,7 @@ def use_fast_products(model: nn.Module) -> None:
 
 class _FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if not _computes_in_half(self.weight):
+        if product_dtype(self.weight) is not torch.bfloat16:
             return super().forward(x)
         product: Tensor = _Product.apply(x.bfloat16(), self.weight, self.bias)
         return product
@@ -47,7 +48,7 @@ class _FastConv1D(Conv1D):
     with a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _computes_in_half(self.weight):
+        if product_dtype(self.weight) is not torch.bfloat16:
             forwarded: Tensor = super().forward(x)
             return forwarded
         product: Tensor = _Product.apply(x.bfloat16(), self.weight.t(), self.bias)
@@ -55,10 +56,6 @@ class _FastConv1D(Conv1D):
 
 
 _FAST = {nn.Linear: _FastLinear, Conv1D: _FastConv1D}
-
-
-def _computes_in_half(weight: Tensor) -> bool:
-    return weight.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
 
 
 class _Product(torch.autograd.Function):
@@ -102,14 +99,9 @@ def _has_adapter(layer: nn.Module) -> bool:
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
     """W x + b + scale * B A x"""
-    base, down, up, scale = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"].weight, layer.scaling["default"]
-    if torch.is_grad_enabled():
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-        adapted: Tensor = _AdaptedProduct.apply(x, weight, base.bias, down.weight, up, scale)
-        return adapted
-    product: Tensor = base(x)
-    low: Tensor = down(x)
-    product.view(-1, len(up)).addmm_(low.view(-1, up.shape[1]), up.t().to(low.dtype), alpha=scale)
+    base, down, up = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+    product: Tensor = _AdaptedProduct.apply(x, weight, base.bias, down, up, layer.scaling["default"])
     return product
 
 
@@ -118,8 +110,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        kind, ctx.scale = x.device.type, scale
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        ctx.scale, dtype = scale, product_dtype(weight)
         rows, weight, half = x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), down.to(dtype)
         product = _by_rows(rows, weight, None if bias is None else bias.to(dtype))
         low = F.linear(rows, half)

@@ -82,7 +82,7 @@ class Optimizer:
             nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
 
 
-_LARGE = 2**25  # bytes
+_LARGE = 2**25  # bytes; GPT-2's embedding has 154 million
 
 
 def _hold_densely(parameter: Tensor) -> None:
