@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.algo.masks import at_least_float32
+from tercet.algo.products import by_rows, product_dtype
 
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
@@ -63,23 +65,16 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """`logits_logprobs` of states @ weight^T + bias, never holding more than chunk_elements logits at a time.
 
-    states (N, D); targets (N,) int64; weight (V, D), bias (V,): the output layer. Memory does not grow with N x V in the backward
-    pass either, which computes each chunk's logits anew. Returns as `logits_logprobs`.
+    states (N, D); targets (N,) int64; weight (V, D), bias (V,): the output layer. Of a layer that learns the backward pass finds as
+    many logits as the weight has elements, and computes the others anew: memory does not grow with N x V. Returns as
+    `logits_logprobs`.
     """
     _check(temperature)
-    if len(states) * len(weight) <= chunk_elements:
-        return logits_logprobs(F.linear(states, weight, bias), targets, temperature, with_entropy)
     entropies: list[Tensor] | None = [] if with_entropy else None
     logprobs: Tensor = _InChunks.apply(  # type: ignore[no-untyped-call]
         states, targets, weight, bias, temperature, chunk_elements, entropies
     )
     return logprobs, None if entropies is None else torch.cat(entropies)
-
-
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """What matrix products with the weight are computed in: autocast's precision where it is on, else the weight's own."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _check(temperature: float) -> None:
@@ -88,6 +83,7 @@ def _check(temperature: float) -> None:
 
 
 _NARROWEST = 4096  # tokens of the vocabulary in a chunk: narrower products are slower
+_PIECE = 2**19  # logits that stay in the processor's cache from one element-wise operation to the next
 
 
 class _InChunks(torch.autograd.Function):
@@ -106,27 +102,44 @@ class _InChunks(torch.autograd.Function):
         entropies: list[Tensor] | None,
     ) -> Tensor:
         height = max(1, elements // min(len(weight), _NARROWEST))
-        ctx.head = _Head(weight, bias, temperature, max(1, elements // min(height, len(states))))
+        ctx.head = _Head(weight, bias, temperature, max(1, elements // max(1, min(height, len(states)))))
         ctx.height = height
+        kept = _Kept(weight.numel() if ctx.needs_input_grad[2] else 0)
         found = [
-            ctx.head.scan(part, wanted, entropies is not None)
+            ctx.head.scan(part, wanted, entropies is not None, kept)
             for part, wanted in zip(torch.split(states, height), torch.split(targets, height))
         ]
         log_z = torch.cat([one[0] for one in found])
         if entropies is not None:
             entropies += [one[2] for one in found]
-        ctx.save_for_backward(states, targets, log_z)
-        return torch.cat([one[1] for one in found]) - log_z
+        logprobs = torch.cat([one[1] for one in found]) - log_z
+        ctx.save_for_backward(states, targets, logprobs, log_z, *kept.chunks)
+        return logprobs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        states, targets, log_z = ctx.saved_tensors
+        states, targets, logprobs, log_z, *kept = ctx.saved_tensors
         _, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
         for_weight = torch.zeros_like(ctx.head.weight) if wants_weight else None
         for_bias = torch.zeros_like(ctx.head.bias) if wants_bias else None
-        parts = zip(*(torch.split(tensor, ctx.height) for tensor in (states, targets, log_z, gradients[0])))
-        for_states = [ctx.head.slopes(*part, for_weight, for_bias) for part in parts]
+        scale = gradients[0] / -ctx.head.temperature
+        parts = zip(*(torch.split(tensor, ctx.height) for tensor in (states, targets, logprobs, log_z, scale)))
+        chunks = iter(kept)
+        for_states = [ctx.head.slopes(*part, for_weight, for_bias, chunks) for part in parts]
         return torch.cat(for_states), None, for_weight, for_bias, None, None, None
+
+
+class _Kept:
+    """The first chunks of logits, as many as there is room for."""
+
+    def __init__(self, room: int):
+        self.chunks: list[Tensor] = []
+        self._room = room
+
+    def offer(self, logits: Tensor) -> None:
+        self._room -= logits.numel()
+        if self._room >= 0:
+            self.chunks.append(logits)
 
 
 class _Head:
@@ -138,51 +151,88 @@ class _Head:
         self.temperature = temperature
         self.spans = [slice(start, start + width) for start in range(0, len(weight), width)]
 
-    def logits(self, states: Tensor, weight: Tensor, span: slice) -> Tensor:
-        logits = at_least_float32(F.linear(states, weight, None if self.bias is None else self.bias[span].to(self.dtype)))
-        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+    def product(self, states: Tensor, weight: Tensor, span: slice) -> Tensor:
+        """A chunk's logits before the temperature, in the products' precision."""
+        return F.linear(states, weight, None if self.bias is None else self.bias[span].to(self.dtype))
 
-    def scan(self, states: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def scan(self, states: Tensor, targets: Tensor, with_entropy: bool, kept: _Kept) -> tuple[Tensor, Tensor, Tensor | None]:
         """For each state log Z, the target's logit and the entropy, from one pass over the vocabulary."""
         states = states.to(self.dtype)
-        least = torch.finfo(at_least_float32(states).dtype).min
-        # Sums of exp(logit - highest so far), and of that times (logit - highest so far).
-        highest = at_least_float32(states).new_full((len(states),), least / 2)
-        picked, total, moment = (torch.zeros_like(highest) for _ in range(3))
+        picked = torch.zeros_like(at_least_float32(states[:, 0]))
+        parts: list[tuple[Tensor, Tensor]] = []
         for span in self.spans:
-            logits = self.logits(states, self.weight[span].to(self.dtype), span)
+            product = self.product(states, self.weight[span].to(self.dtype), span)
+            kept.offer(product)
             rows, columns = _inside(targets, span)
-            picked[rows] = logits[rows, columns]
-            risen = torch.maximum(highest, logits.amax(1))
-            shift, logits = highest - risen, logits.sub_(risen[:, None])
-            weights = logits.exp()
-            if with_entropy:  # a token of probability 0 has logit -inf: 0 * -inf would be NaN
-                moment = shift.exp() * (moment + shift * total) + weights.mul(logits.clamp_(min=least)).sum(1)
-            total = shift.exp() * total + weights.sum(1)
-            highest = risen
-        return highest + total.log(), picked, total.log() - moment / total if with_entropy else None
+            picked[rows] = self._logits(product[rows, columns])
+            sums = [_sums(self._logits(piece), with_entropy) for piece in _pieces(product, product)]
+            parts.append((torch.cat([one[0] for one in sums]), torch.cat([one[1] for one in sums])))
+        every = torch.stack([one[0] for one in parts])
+        log_z = every.logsumexp(0)
+        if not with_entropy:
+            return log_z, picked, None
+        # The entropy of the choice of a chunk, and that of the choice within it.
+        log_share = (every - log_z).clamp_(min=torch.finfo(every.dtype).min)
+        return log_z, picked, (log_share.exp() * (torch.stack([one[1] for one in parts]) - log_share)).sum(0)
 
     def slopes(
-        self, states: Tensor, targets: Tensor, log_z: Tensor, gradient: Tensor, for_weight: Tensor | None, for_bias: Tensor | None
+        self,
+        states: Tensor,
+        targets: Tensor,
+        logprobs: Tensor,
+        log_z: Tensor,
+        scale: Tensor,
+        for_weight: Tensor | None,
+        for_bias: Tensor | None,
+        kept: Iterator[Tensor],
     ) -> Tensor:
-        """The gradient of the states; those of weight and bias are added to.
+        """The gradient of the states; those of weight and bias are added to. scale: minus the log-probabilities' own gradients, divided
+        by the temperature.
 
         d logprob / d logits = (onehot(target) - softmax) / temperature.
         """
-        inputs = states.to(self.dtype)
+        inputs, scaled = states.to(self.dtype), (states * scale[:, None]).to(self.dtype)
         for_states = torch.zeros_like(at_least_float32(states))
         for span in self.spans:
             weight = self.weight[span].to(self.dtype)
-            slope = self.logits(inputs, weight, span).sub_(log_z[:, None]).exp_().mul_(-gradient[:, None])
+            product = next(kept, None)
+            if product is None:
+                product = self.product(inputs, weight, span)
+            slope = torch.empty_like(product)
+            for piece, log_zs, into in zip(*(_pieces(tensor, product) for tensor in (product, log_z, slope))):
+                into.copy_((self._logits(piece) - log_zs[:, None]).exp_())
             rows, columns = _inside(targets, span)
-            slope[rows, columns] += gradient[rows]
-            slope = slope.div_(self.temperature).to(self.dtype)
-            for_states += slope @ weight
+            slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)  # p - 1 with all its digits, also where p is nearly 1
+            for_states += by_rows(slope, weight.t(), None)
             if for_weight is not None:
-                for_weight[span] += slope.t() @ inputs
+                for_weight[span] += slope.t() @ scaled
             if for_bias is not None:
-                for_bias[span] += slope.sum(0)
-        return for_states.to(states.dtype)
+                for_bias[span] += scale.to(for_bias) @ slope.to(for_bias)
+        return (for_states * scale[:, None]).to(states.dtype)
+
+    def _logits(self, product: Tensor) -> Tensor:
+        logits = at_least_float32(product)
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+
+def _sums(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """Of each row log Z and, if wanted, the entropy of its softmax."""
+    least, tiny = torch.finfo(logits.dtype).min, torch.finfo(logits.dtype).tiny
+    highest = logits.amax(1).clamp_(min=least)
+    logits = logits - highest[:, None]
+    weights = logits.exp()
+    total = weights.sum(1)
+    log_z = highest + total.log()
+    if not with_entropy:
+        return log_z, log_z
+    # A token of probability 0 has logit -inf: 0 * -inf would be NaN. So would 0 / 0, of a chunk that has no others.
+    moment = weights.mul_(logits.clamp_(min=least)).sum(1)
+    return log_z, total.clamp_(min=tiny).log() - moment / total
+
+
+def _pieces(rows: Tensor, of: Tensor) -> tuple[Tensor, ...]:
+    """As many rows at a time as their logits `of` stay in the processor's cache."""
+    return torch.split(rows, max(1, _PIECE // of.shape[1]) if rows.device.type == "cpu" else max(1, len(rows)))
 
 
 def _inside(targets: Tensor, span: slice) -> tuple[Tensor, Tensor]:

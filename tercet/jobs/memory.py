@@ -160,7 +160,7 @@ def _frozen(shape: Shape, dtype: torch.dtype, *, head: bool) -> int:
 
 
 def _activations(stage: str, shape: Shape, load: Load) -> int:
-    """What a forward pass keeps for the backward pass, and the head's chunk of logits with its gradients.
+    """What a forward pass keeps for the backward pass, with the logits of a head that learns, and a chunk of logits with its gradients.
 
     By layer and token: the residual stream and what the norms keep; queries, keys and values (rotated ones in float32 also under
     bfloat16) and attention's weights, or of long texts what the fused kernel keeps (models/attention.py); the inputs of linear layers
@@ -178,7 +178,8 @@ def _activations(stage: str, shape: Shape, load: Load) -> int:
     kept = load.tokens[stage] * (layer + shape.layers * wide * shape.width if load.recompute else shape.layers * layer)
     if stage == "reward":
         return kept
-    return kept + HEAD_CHUNK * (3 * wide + narrow)
+    logits = 0 if load.adapter is not None and stage != "pretrain" else min(load.tokens[stage], shape.width) * shape.vocabulary
+    return kept + narrow * (logits + 2 * HEAD_CHUNK)
 
 
 def _sampling(shape: Shape, load: Load) -> int:

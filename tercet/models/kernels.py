@@ -16,7 +16,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tercet.algo.logprobs import product_dtype
+from tercet.algo.products import by_rows, product_dtype
 from tercet.models.attention import active_packing
 
 
@@ -67,7 +67,7 @@ class _Product(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(rows, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        product = _by_rows(rows, weight.bfloat16(), None if bias is None else bias.bfloat16())
+        product = by_rows(rows, weight.bfloat16(), None if bias is None else bias.bfloat16())
         return product.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Product(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, len(weight))
         for_x = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = _by_rows(gradient, weight.bfloat16().t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
+            for_x = by_rows(gradient, weight.bfloat16().t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
         if ctx.needs_input_grad[1]:  # in the memory layout that the weight has
             contiguous = weight.is_contiguous()
             for_weight = _transposed_product(gradient, rows) if contiguous else _transposed_product(rows, gradient).t()
@@ -112,7 +112,7 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
         ctx.scale, dtype = scale, product_dtype(weight)
         rows, weight, half = x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), down.to(dtype)
-        product = _by_rows(rows, weight, None if bias is None else bias.to(dtype))
+        product = by_rows(rows, weight, None if bias is None else bias.to(dtype))
         low = F.linear(rows, half)
         product.addmm_(low, up.t().to(dtype), alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
@@ -125,19 +125,10 @@ class _AdaptedProduct(torch.autograd.Function):
         for_low = (gradient @ up.to(low.dtype)).mul_(ctx.scale)
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = _by_rows(gradient, weight.t(), None).addmm_(for_low, down.to(low.dtype))
+            for_x = by_rows(gradient, weight.t(), None).addmm_(for_low, down.to(low.dtype))
             for_x = for_x.view(*gradients[0].shape[:-1], rows.shape[1])
         for_up = (gradient.t() @ low).mul_(ctx.scale).to(up.dtype)
         return for_x, None, None, (for_low.t() @ rows).to(down.dtype), for_up, None
-
-
-def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight^T + bias, some rows at a time where oneDNN gives both halves of the work to one thread: 768 to 1,280 rows to some 768
-    columns (1,088 x 3,072 x 768 took 4.6 ms on two threads, in parts 3.1; elsewhere parts took up to three times as long)."""
-    lopsided = 640 < len(x) <= 1280 and len(weight) <= 1024 and weight.numel() >= 2**19 and x.dtype is torch.bfloat16
-    if not lopsided or torch.get_num_threads() == 1 or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    return torch.cat([F.linear(part, weight, bias) for part in x.split(512)])
 
 
 def _transposed_product(left: Tensor, right: Tensor) -> Tensor:

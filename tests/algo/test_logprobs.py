@@ -145,27 +145,57 @@ def test_large_and_impossible_logits(elements: int) -> None:
             assert one is not None and wanted is not None and torch.allclose(one, wanted, rtol=1e-12)
 
 
-def test_never_more_logits_than_a_chunk_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No chunk's logits outlive it in the forward pass, nor in the backward pass, and no chunk is too large."""
+@pytest.mark.parametrize("impossible", [slice(0, 2), slice(2, 4)])
+def test_a_chunk_of_the_vocabulary_that_cannot_come(impossible: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_NARROWEST", 2)
+    weight, states, targets = normal(5, 3), normal(2, 3, seed=1), torch.tensor([4, 4])
+    bias = torch.zeros(5, dtype=torch.float64)
+    bias[impossible] = -math.inf
+    found = token_logprobs(states, targets, weight, bias, with_entropy=True, chunk_elements=4)
+    for one, wanted in zip(found, logits_logprobs(states @ weight.T + bias, targets, with_entropy=True)):
+        assert one is not None and wanted is not None and torch.allclose(one, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("learns", "kept"), [(False, 0), (True, 1)])
+def test_few_logits_alive(learns: bool, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a head that learns no more logits outlive the forward pass than the weight has elements, of a frozen one none."""
     alive: list[weakref.ref[Tensor]] = []
-    sizes, most_alive, compute = [], 0, module._Head.logits
+    sizes, most_alive, compute = [], 0, module._Head.product
+
+    def count() -> int:
+        gc.collect()
+        return sum(reference() is not None for reference in alive)
 
     def watched(self: module._Head, states: Tensor, weight: Tensor, span: slice) -> Tensor:
         nonlocal most_alive
         logits = compute(self, states, weight, span)
-        gc.collect()
         alive.append(weakref.ref(logits.untyped_storage()))
         sizes.append(logits.numel())
-        most_alive = max(most_alive, sum(reference() is not None for reference in alive))
+        most_alive = max(most_alive, count())
         return logits
 
-    monkeypatch.setattr(module._Head, "logits", watched)
-    weight, states = normal(10, 4, dtype=torch.float32).requires_grad_(), normal(12, 4, dtype=torch.float32)
+    monkeypatch.setattr(module._Head, "product", watched)
+    weight, states = (
+        normal(10, 4, dtype=torch.float32).requires_grad_(learns),
+        normal(12, 4, dtype=torch.float32).requires_grad_(),
+    )
     logprobs, _ = token_logprobs(states, torch.zeros(12, dtype=torch.long), weight, with_entropy=True, chunk_elements=30)
     assert sizes == [3 * 10] * 4, "as many tokens as have room with the whole of so small a vocabulary"
+    assert count() == kept
     logprobs.sum().backward()
-    assert sizes == [3 * 10] * 8, "each chunk is recomputed once in the backward pass"
-    assert most_alive <= 2
+    assert sizes == [3 * 10] * (8 - kept), "each chunk that was not kept is computed once more in the backward pass"
+    assert most_alive <= 2 + kept
+
+
+def test_the_gradient_of_a_token_that_is_nearly_certain_keeps_its_digits() -> None:
+    """1 - p is 3e-4 here: from a p rounded to bfloat16 it would be 0 or 4e-3."""
+    weight, states = torch.tensor([[4.0], [-4.0]]).requires_grad_(), torch.ones(1, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = token_logprobs(states, torch.tensor([0]), weight)
+    logprobs.backward()
+    rest = 1 / (1 + math.exp(8.0))
+    assert states.grad is not None and states.grad.item() == pytest.approx(8 * rest, rel=0.01)
+    assert weight.grad is not None and weight.grad.flatten().tolist() == pytest.approx([rest, -rest], rel=0.01)
 
 
 def test_a_frozen_part_of_the_head_gets_no_gradient() -> None:

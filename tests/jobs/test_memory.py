@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tercet.config import load_config
-from tercet.jobs.memory import GIB, MIB, PROCESS, Load, Shape, _activations, load_of, needs
+from tercet.jobs.memory import GIB, HEAD_CHUNK, MIB, PROCESS, Load, Shape, _activations, load_of, needs
 from tercet.models.roles import Policy
 from tercet.runtime.machine import Machine
 from tercet.types import Sequences
@@ -112,6 +112,8 @@ def test_weights_and_training_state_by_hand() -> None:
     assert (wide["sft"].weights, wide["sft"].training) == (4 * p, 12 * p)
     assert (wide["ppo"].weights, wide["ppo"].training) == (2 * 4 * p + 2 * 4 * (p), 2 * 8 * p + 4 * p)
     assert (wide["evaluate"].training, wide["evaluate"].other) == (0, PROCESS + 4 * p)
+    # Logits are kept for each token, and two chunks of them beside; reward models have none.
+    assert wide["sft"].working - wide["reward"].working == 4 * (10 * 50_257 + 2 * HEAD_CHUNK)
     half = {need.stage: need for need in needs(shape, Load(torch.bfloat16, None, tokens, tokens, 1, 1))}
     policy = 2 * (shape.linear + shape.head) + 4 * position_and_norms
     scorer = 2 * shape.linear + 4 * (p - shape.linear)  # the embedding is no head there: it stays in float32
