@@ -120,12 +120,12 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states, targets, logprobs, log_z, *kept = ctx.saved_tensors
         _, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
-        for_weight = torch.zeros_like(ctx.head.weight) if wants_weight else None
+        for_weight = torch.empty_like(ctx.head.weight) if wants_weight else None
         for_bias = torch.zeros_like(ctx.head.bias) if wants_bias else None
         scale = gradients[0] / -ctx.head.temperature
         parts = zip(*(torch.split(tensor, ctx.height) for tensor in (states, targets, logprobs, log_z, scale)))
         chunks = iter(kept)
-        for_states = [ctx.head.slopes(*part, for_weight, for_bias, chunks) for part in parts]
+        for_states = [ctx.head.slopes(*part, for_weight, for_bias, chunks, fresh=not place) for place, part in enumerate(parts)]
         return torch.cat(for_states), None, for_weight, for_bias, None, None, None
 
 
@@ -185,9 +185,10 @@ class _Head:
         for_weight: Tensor | None,
         for_bias: Tensor | None,
         kept: Iterator[Tensor],
+        fresh: bool,
     ) -> Tensor:
-        """The gradient of the states; those of weight and bias are added to. scale: minus the log-probabilities' own gradients, divided
-        by the temperature.
+        """The gradient of the states; that of bias is added to, and that of weight, unless it is fresh: then it is written. scale:
+        minus the log-probabilities' own gradients, divided by the temperature.
 
         d logprob / d logits = (onehot(target) - softmax) / temperature.
         """
@@ -205,7 +206,11 @@ class _Head:
             slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)  # p - 1 with all its digits, also where p is nearly 1
             for_states += by_rows(slope, weight.t(), None)
             if for_weight is not None:
-                for_weight[span] += slope.t() @ scaled
+                gradient = slope.t() @ scaled
+                if fresh:
+                    for_weight[span] = gradient
+                else:
+                    for_weight[span] += gradient
             if for_bias is not None:
                 for_bias[span] += scale.to(for_bias) @ slope.to(for_bias)
         return (for_states * scale[:, None]).to(states.dtype)

@@ -33,6 +33,26 @@ def test_the_fused_activation_gives_the_same_logits_and_no_slow_one_is_left():
     assert not any(isinstance(module, NewGELUActivation) for module in fast.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (1, 700, 190), (2, 300, 300)])  # the first is too small for oneDNN's kernel
+def test_the_fused_activation_and_its_gradient_are_those_of_float64_up_to_rounding(dtype: torch.dtype, shape: tuple[int, ...]):
+    model = gpt2()
+    fuse_activations(model)
+    fused = model.transformer.h[0].mlp.act
+    x = (4 * torch.randn(*shape)).to(dtype).transpose(-1, -2)
+    slope = torch.randn(x.shape).to(dtype)
+    inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    for activation, given in zip((fused, NewGELUActivation()), inputs):
+        activation(given).backward(slope.to(given.dtype))
+    found, wanted = fused(x), NewGELUActivation()(x.double())
+    assert found.dtype is dtype and found.shape == x.shape
+    gradient, exact = inputs[0].grad, inputs[1].grad
+    assert gradient is not None and exact is not None
+    rounding = 16 * torch.finfo(dtype).eps
+    assert (found.double() - wanted).abs().max() <= rounding * wanted.abs().max()
+    assert (gradient.double() - exact).abs().max() <= rounding * exact.abs().max()
+
+
 def layers() -> nn.Sequential:
     """Both kinds of linear layer, wider and narrower than their inputs, with and without bias, in bfloat16."""
     torch.manual_seed(0)
@@ -42,7 +62,7 @@ def layers() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("rows", [(3, 7), (2, 700)])  # the second is multiplied in parts
+@pytest.mark.parametrize("rows", [(3, 7), (2, 700)])
 def test_fast_products_and_their_gradients_are_those_of_float64_up_to_rounding(rows: tuple[int, int]):
     fast = layers()
     exact = copy.deepcopy(fast).double()

@@ -97,7 +97,8 @@ LOGPROBS: list[Row] = [
     ("the chunks' gradient without the target", "slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)", "pass"),
     ("p - 1 from a rounded p", "logprobs[rows].expm1().to(self.dtype)", "logprobs[rows].exp().to(self.dtype) - 1"),
     ("the chunks' gradient without the temperature", "scale = gradients[0] / -ctx.head.temperature", "scale = -gradients[0]"),
-    ("only the last tokens reach the head's weight", "for_weight[span] += slope.t()", "for_weight[span] = slope.t()"),
+    ("only the last tokens reach the head's weight", "for_weight[span] += gradient", "for_weight[span] = gradient"),
+    ("the head's gradient begins with what was in memory", "fresh=not place", "fresh=False"),
     ("the weight's gradient forgets the loss", "slope.t() @ scaled", "slope.t() @ inputs"),
     ("kept logits are those of another chunk", "self.chunks.append(logits)", "self.chunks.insert(0, logits)"),
     ("all logits are kept", "if self._room >= 0:", "if True:"),
@@ -494,7 +495,19 @@ GREEDY = f"{NATIVE}greedy_in_a_padded_batch_is_generate_of_each_row_alone"
 FORWARD = f"{NATIVE}the_reported_logprobs_are_the_training_forwards"
 ENDS = f"{NATIVE}rows_end_at_the_first_stop_id_and_leave_the_batch {NATIVE}immediate_eos_and_the_length_limit"
 
+PRODUCTS: list[Row] = [
+    ("a half of the rows twice", "for part in torch.chunk(x, 2)", "for part in (torch.chunk(x, 2)[0], x[: len(x) // 2])"),
+    ("everything in halves", "if lopsided:", "if True:"),
+    ("halves without the bias", "_product(part, weight, bias)", "_product(part, weight, None)"),
+    ("oneDNN's reference code", "weight.is_contiguous() or weight.t().is_contiguous()", "True"),
+    ("autocast is not looked at", "if torch.is_autocast_enabled(kind) else weight.dtype", "if False else weight.dtype"),
+]
+
 KERNELS: list[Row] = [
+    ("GELU by its exact formula", '"gelu", [], "tanh"', '"gelu", [], "none"'),
+    ("the gradient of the exact GELU", 'gelu_backward(gradients[0], x, approximate="tanh")', "gelu_backward(gradients[0], x)"),
+    ("GELU of rows that lie elsewhere", "x = x.contiguous()", "pass"),
+    ("columns are shuffled by GELU", ".permute(0, 3, 1, 2)  # rows", ".reshape(1, width, 1, -1)  # rows"),
     (
         "an adapter's scale is left out",
         "product.addmm_(low, up.t().to(dtype), alpha=scale)",
@@ -722,6 +735,7 @@ MUTANTS: list[Mutant] = [
         "runtime/test_optim.py",
         [("a large embedding learns nothing", "torch.zeros_like(parameter).add_(parameter.grad)", "torch.zeros_like(parameter)")],
     ),
+    *_of("algo/products.py", "algo/test_products.py", PRODUCTS),
     *_of("models/kernels.py", "models/test_kernels.py", KERNELS),
     *_of(
         "runtime/checkpoint.py",
