@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 256
+_CACHED = 2**19  # logits
 PURPOSES = ("rollout", "evaluation", "normalisation")
 
 
@@ -29,8 +30,16 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
 
     logits (B, V), uniform (B,) float64 or None for the likeliest token. Returns tokens (B,) int64 and their log-probabilities in
     float32 or wider. Two levels: sums of 256 tokens in the logits' own precision, then everything in float64, so that the tail of a
-    vocabulary of 150,000 keeps its mass.
+    vocabulary of 150,000 keeps its mass. As many rows at a time as stay in a processor's cache.
     """
+    rows = max(1, _CACHED // logits.shape[1] if logits.device.type == "cpu" else len(logits))
+    parts = torch.split(logits, rows)
+    numbers = [None] * len(parts) if uniform is None else torch.split(uniform, rows)
+    drawn = [_draw(part, number, temperature) for part, number in zip(parts, numbers)]
+    return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
+
+
+def _draw(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(logits.dtype, torch.float32)
     scaled = logits.to(wide) / temperature if temperature != 1.0 else logits
     top = scaled.amax(-1, keepdim=True).to(wide)

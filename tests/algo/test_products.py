@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tercet.algo import products
-from tercet.algo.products import by_rows, product_dtype
+from tercet.algo.products import by_rows, contiguous, product_dtype
 
 
 @pytest.fixture
@@ -49,6 +49,14 @@ def test_products_are_those_of_float64_up_to_rounding(
         assert not parts, "oneDNN takes a thousand times as long"
     else:
         assert parts == ([321, 320] if rows == 641 else [rows])
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 64), (130, 200)])
+def test_a_contiguous_copy(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape)
+    assert contiguous(x) is x
+    copied = contiguous(x.t())
+    assert copied.is_contiguous() and torch.equal(copied, x.t())
 
 
 def test_other_precisions_are_torchs_own() -> None:

@@ -34,7 +34,7 @@ def test_the_fused_activation_gives_the_same_logits_and_no_slow_one_is_left():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(3, 7), (1, 700, 190), (2, 300, 300)])  # the first is too small for oneDNN's kernel
+@pytest.mark.parametrize("shape", [(3, 7), (1, 700, 760), (2, 300, 900)])  # the first is too small for oneDNN's kernel
 def test_the_fused_activation_and_its_gradient_are_those_of_float64_up_to_rounding(dtype: torch.dtype, shape: tuple[int, ...]):
     model = gpt2()
     fuse_activations(model)

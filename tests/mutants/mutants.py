@@ -469,6 +469,11 @@ PACKING: list[Row] = [
 
 SAMPLING: list[Row] = [
     (
+        "every part of the rows gets the first numbers",
+        "else torch.split(uniform, rows)",
+        "else [uniform[: len(p)] for p in parts]",
+    ),
+    (
         "the temperature is left out",
         "scaled = logits.to(wide) / temperature if temperature != 1.0 else logits",
         "scaled = logits",
@@ -498,6 +503,7 @@ ENDS = f"{NATIVE}rows_end_at_the_first_stop_id_and_leave_the_batch {NATIVE}immed
 PRODUCTS: list[Row] = [
     ("a half of the rows twice", "for part in torch.chunk(x, 2)", "for part in (torch.chunk(x, 2)[0], x[: len(x) // 2])"),
     ("everything in halves", "if lopsided:", "if True:"),
+    ("the last columns are not copied", "zip(torch.split(copied, 64, dim=1),", "zip(torch.split(copied, 64, dim=1)[:-1],"),
     ("halves without the bias", "_product(part, weight, bias)", "_product(part, weight, None)"),
     ("oneDNN's reference code", "weight.is_contiguous() or weight.t().is_contiguous()", "True"),
     ("autocast is not looked at", "if torch.is_autocast_enabled(kind) else weight.dtype", "if False else weight.dtype"),
