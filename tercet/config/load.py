@@ -290,7 +290,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             found = problem["input"]
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "literal_error" and len(path) < len(problem["loc"]):
-                message = f"{message} or a whole number of at least 1"  # the only unions with a literal: machine's `auto`
+                kind = str(_section_at(path[:-1]).model_fields[path[-1]].annotation)  # unions with `auto`, of rates and of counts
+                message += " or a number above 0" if "float" in kind else " or a whole number of at least 1"
             shown = "" if isinstance(found, dict | Section) else f" (found {found!r})"
             yield f"{'.'.join(path)}: {message}{shown}" if path else f"{message}{shown}"
 

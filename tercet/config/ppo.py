@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from tercet.config.section import Path, Schedule, Section, setting
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class RewardTerm(Section):
@@ -65,8 +67,11 @@ class PPOConfig(Section):
     rollout_batch_size: int = setting(128, "responses sampled per iteration", ge=1)
     minibatch_size: int | None = setting(None, "responses per optimizer step; empty: the whole rollout batch", ge=1)
     ppo_epochs: int = setting(4, "passes over each rollout batch", ge=1)
-    learning_rate: float = setting(3e-6, "of the policy (AdamW, betas 0.9, 0.999, eps 1e-5)", gt=0)
-    value_learning_rate: float = setting(9e-6, "of the value model", gt=0)
+    learning_rate: Literal["auto"] | Positive = setting(
+        "auto",
+        "of the policy (AdamW, betas 0.9, 0.999, eps 1e-5); auto: 1e-5 for a billion parameters, as one over their square root",
+    )
+    value_learning_rate: Literal["auto"] | Positive = setting("auto", "of the value model; auto: three times the policy's")
     schedule: Schedule = setting("linear", "of both learning rates, over iterations")
     warmup_iterations: int = setting(0, "iterations of linear warm-up of the learning rates", ge=0)
     value_warmup_iterations: int = setting(0, "first iterations in which only the value model learns", ge=0)

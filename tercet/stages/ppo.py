@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.algo.kl import AdaptiveKL, FixedKL
-from tercet.algo.schedules import learning_rate
+from tercet.algo.schedules import learning_rate, usual_rate
 from tercet.config.ppo import KLConfig, PPOConfig
 from tercet.models.roles import Policy
 from tercet.runtime.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ def train_ppo(
                     logit = _largest_logit(actors.policy, prompts.ids[0])
                     check_first_rollout(rollout, run.machine.dtype, logit, second_round=second_round)
             state.boundary(iteration, rollout, progress)
-            rates = _rates(config, iteration)
+            rates = _rates(config, iteration, actors.policy)
             trainables = Trainables(actors.policy, actors.value_model, policy_optimizer, value_optimizer, *rates)
             with stopwatch.phase("update"):
                 update(
@@ -191,11 +191,14 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _rates(config: PPOConfig, iteration: int) -> tuple[float | None, float]:
+def _rates(config: PPOConfig, iteration: int, model: Policy) -> tuple[float | None, float]:
     """The learning rates of the policy, None while only the value model learns, and of the value model."""
+    usual = usual_rate(sum(parameter.numel() for parameter in model.parameters()))
+    first = usual if config.learning_rate == "auto" else config.learning_rate
+    value_first = 3 * first if config.value_learning_rate == "auto" else config.value_learning_rate
     policy, value = (
         learning_rate(iteration, config.iterations, base, config.schedule, config.warmup_iterations, min_ratio=0.1)
-        for base in (config.learning_rate, config.value_learning_rate)
+        for base in (first, value_first)
     )
     return (policy if iteration >= config.value_warmup_iterations else None), value
 

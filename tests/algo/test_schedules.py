@@ -1,6 +1,6 @@
 import pytest
 
-from tercet.algo.schedules import learning_rate
+from tercet.algo.schedules import learning_rate, usual_rate
 
 
 def rates(total: int, schedule: str, warmup: int = 0, min_ratio: float = 0.0) -> list[float]:
@@ -36,3 +36,8 @@ def test_refusals() -> None:
         learning_rate(0, 4, 2.0, "quadratic")
     with pytest.raises(ValueError, match="total_steps"):
         learning_rate(0, 0, 2.0, "linear")
+
+
+def test_the_usual_rate_goes_down_as_one_over_the_square_root_of_the_size() -> None:
+    assert [usual_rate(size) for size in (10**9, 4 * 10**9, 10**7)] == pytest.approx([1e-5, 5e-6, 1e-4])
+    assert usual_rate(0) == usual_rate(10_000) == 1e-3

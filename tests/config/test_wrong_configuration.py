@@ -61,6 +61,8 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "sft: {epochs: many}", ["sft.epochs", "integer", "'many'"]),
     (G + "sft: {learning_rate: .inf}", ["sft.learning_rate", "finite"]),
     (G + "sft: {learning_rate: .nan}", ["sft.learning_rate"]),
+    (G + "ppo: {learning_rate: 0}", ["ppo.learning_rate", "'auto' or a number above 0", "found 0"]),
+    (G + "ppo: {value_learning_rate: .inf}", ["ppo.value_learning_rate", "'auto' or a number above 0"]),
     (G + "sft: {learning_rate: 0}", ["sft.learning_rate", "greater than 0"]),
     (G + "sft: {dropout: 1}", ["sft.dropout", "less than 1"]),
     (G + "sft: {schedule: step}", ["sft.schedule", "'linear', 'cosine' or 'constant'"]),

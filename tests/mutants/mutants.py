@@ -252,6 +252,8 @@ LOSSES: list[Row] = [
 ]
 
 SCHEDULES: list[Row] = [
+    ("larger models learn as fast", "1e-5 * math.sqrt(1e9 / max(1, parameters))", "1e-5"),
+    ("the smallest models learn ever faster", "min(1e-3, 1e-5", "max(0.0, 1e-5"),
     ("the first step of warm-up learns nothing", "base * (step + 1) / warmup_steps", "base * step / warmup_steps"),
     ("the last step learns nothing", "max(1, total_steps - warmup_steps)", "max(1, total_steps - warmup_steps - 1)"),
     ("the cosine ends at 0", "(min_ratio + (1 - min_ratio) *", "(0 * min_ratio + 1 *"),
@@ -614,6 +616,8 @@ REWARD: list[Row] = [
 ]
 
 PPO: list[Row] = [
+    ("a learning rate that is given is passed over", 'usual if config.learning_rate == "auto" else', "usual if True else"),
+    ("the value model learns like the policy", "3 * first if", "first if"),
     ("a NaN passes the sampler's check", "if not gap <= limit:", "if gap > limit:"),
     ("the reference may move", "if weights_hash(actors.ref_policy) != reference_hash:", "if reference_hash is None:"),
     (

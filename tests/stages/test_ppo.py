@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+from tercet.config.ppo import PPOConfig
 from tercet.generation.native import NativeGenerator
 from tercet.runtime.interrupted import Interrupted
 from tercet.runtime.stage import StageRun
@@ -286,3 +287,23 @@ def test_models_given_as_one_object_show_up_as_a_changed_reference(tmp_path: Pat
     copied.ref_policy = copy.deepcopy(copied.policy)
     copied.ref_policy.freeze()
     train(copied, tiny.run_of(tmp_path / "copied"))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, (1.0, 3.0)),
+        ({"learning_rate": 0.5}, (0.5, 1.5)),
+        ({"value_learning_rate": 0.5}, (1.0, 0.5)),
+        ({"learning_rate": 0.25, "value_learning_rate": 0.5}, (0.25, 0.5)),
+    ],
+)
+def test_learning_rates_that_are_not_given(
+    given: dict[str, float], wanted: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy's follows from its own size, the value model's is three times the policy's."""
+    policy = tiny.policy_of()
+    sizes: list[int] = []
+    monkeypatch.setattr(ppo, "usual_rate", lambda size: sizes.append(size) or 1.0)
+    assert ppo._rates(PPOConfig.model_validate(given), 0, policy) == wanted
+    assert sizes == [sum(weight.numel() for weight in tiny.weights(policy).values())]
