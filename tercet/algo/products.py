@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,8 +16,15 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def onednn_computes(x: Tensor) -> bool:
-    """Whether torch has oneDNN's kernels for what is where x is."""
-    return x.device.type == "cpu" and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    """Whether oneDNN has kernels for numbers such as those of x, where they are: for bfloat16 not on every processor."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and _onednn_has_bfloat16())
+
+
+@functools.cache
+def _onednn_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def fuse_activations(model: PreTrainedModel) -> None:
 
 class _TanhGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float64 or x.numel() < 2**19 or not onednn_computes(x):
+        if x.numel() < 2**19 or not onednn_computes(x):
             return super().forward(x)
         activated: Tensor = _OneDNNGELU.apply(x)
         return activated

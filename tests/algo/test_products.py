@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tercet.algo import products
-from tercet.algo.products import by_rows, contiguous, product_dtype
+from tercet.algo.products import by_rows, contiguous, onednn_computes, product_dtype
 
 
 @pytest.fixture
@@ -57,6 +57,16 @@ def test_a_contiguous_copy(shape: tuple[int, int]) -> None:
     assert contiguous(x) is x
     copied = contiguous(x.t())
     assert copied.is_contiguous() and torch.equal(copied, x.t())
+
+
+def test_a_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN refuses there; torch's own product does not."""
+    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "_product", lambda *inputs: pytest.fail("oneDNN was asked"))
+    assert onednn_computes(torch.zeros(1)) and not onednn_computes(torch.zeros(1).bfloat16())
+    assert not onednn_computes(torch.zeros(1).double())
+    x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
+    assert torch.equal(by_rows(x, weight, None), torch.nn.functional.linear(x, weight))
 
 
 def test_other_precisions_are_torchs_own() -> None:

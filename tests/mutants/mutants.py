@@ -503,6 +503,7 @@ FORWARD = f"{NATIVE}the_reported_logprobs_are_the_training_forwards"
 ENDS = f"{NATIVE}rows_end_at_the_first_stop_id_and_leave_the_batch {NATIVE}immediate_eos_and_the_length_limit"
 
 PRODUCTS: list[Row] = [
+    ("every processor is held to have bfloat16", "and _onednn_has_bfloat16()", "and True"),
     ("a half of the rows twice", "for part in torch.chunk(x, 2)", "for part in (torch.chunk(x, 2)[0], x[: len(x) // 2])"),
     ("everything in halves", "if lopsided:", "if True:"),
     ("the last columns are not copied", "zip(torch.split(copied, 64, dim=1),", "zip(torch.split(copied, 64, dim=1)[:-1],"),
