@@ -177,6 +177,7 @@ class Pipeline:
 
     def workshop(self, interrupt: Any) -> Any:
         """The machine, chosen where it says auto, and the base model."""
+        from tercet.algo.schedules import usual_rate
         from tercet.jobs.training import create_scratch
         from tercet.jobs.workshop import Workshop
         from tercet.models.load import count_parameters
@@ -198,8 +199,11 @@ class Pipeline:
         self.config = self.config.model_copy(update={"machine": settings.model_copy(update=machine.settings())})
         machine.apply()
         if world.is_main:
-            chosen = "  ".join(f"{key} {value}" for key, value in machine.settings().items())
-            console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {chosen}")
+            chosen: dict[str, Any] = machine.settings()
+            if self.config.ppo.learning_rate == "auto":
+                chosen["ppo.learning_rate"] = f"{usual_rate(parameters):.2g}"
+            shown = "  ".join(f"{key} {value}" for key, value in chosen.items())
+            console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {shown}")
         return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables, Watch)
 
     def _to_do(self, chosen: Sequence[str], redo: Sequence[str], prints: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tercet.algo.schedules import usual_rate
 from tercet.types import TercetError
 
 Lines = Callable[[Path], list[dict[str, Any]]]
@@ -134,6 +135,17 @@ class TestPPO:
             assert all(abs(row["kl"]) < 1e-5 for row in metrics[:3]) and abs(metrics[3]["kl"]) > 1e-4
             assert [row["grad_norm"] > 0 for row in metrics] == [False, False, True, True]
             assert all(row["value_grad_norm"] > 0 for row in metrics)
+
+    def test_learning_rates_that_are_not_given_follow_the_models_size_and_are_shown(
+        self, ppo: Any, runs: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        metrics, _, folder = ppo(iterations=2, learning_rate="auto", value_learning_rate="auto")
+        size = AutoModelForCausalLM.from_pretrained(runs.model).num_parameters()
+        assert [row["learning_rate"] for row in metrics] == [usual_rate(size), usual_rate(size) / 2]
+        assert f"ppo.learning_rate {usual_rate(size):.2g}" in " ".join(capsys.readouterr().err.split())
+        _, _, same = ppo(iterations=2, learning_rate=usual_rate(size), value_learning_rate=3 * usual_rate(size))
+        weights = [(run / "ppo/model/model.safetensors").read_bytes() for run in (folder, same)]
+        assert weights[0] == weights[1]
 
     def test_evaluate_every_and_save_rollouts_every(self, ppo: Any, runs: Any) -> None:
         gold = {"gold": f"{runs.folder}/rewards.py:letters"}
