@@ -206,13 +206,19 @@ def _write_probe(shop: Workshop, model: ScoreModel, samples: Sequences | None, r
     """Eight texts and their scores, for stage 3 to check that it scores them alike."""
     rows = [shop.template.encode(r.prompt, r.responses[0], max_length=shop.config.reward.max_length).row for r in records[:8]]
     sequences = samples.select(range(min(8, len(samples)))) if samples is not None else Sequences.from_rows(rows)
-    with torch.no_grad():
-        scores = model(sequences.to(model.device)).tolist()
     ids = [row[:length] for row, length in zip(sequences.input_ids.tolist(), sequences.lengths.tolist())]
+    scores = [_score_alone(model, *text) for text in zip(ids, sequences.prompt_lens.tolist())]
     if shop.world.is_main:
         write_json(
             shop.folder / "reward/probe.json", {"ids": ids, "prompt_lens": sequences.prompt_lens.tolist(), "scores": scores}
         )
+
+
+@torch.no_grad()
+def _score_alone(model: ScoreModel, ids: list[int], prompt_len: int) -> float:
+    """The score of one text in a batch of its own: in bfloat16 the others of a batch change it by what rounding does."""
+    row = Sequences(torch.tensor([ids]), torch.tensor([prompt_len]), torch.tensor([len(ids) - prompt_len]), torch.tensor([True]))
+    return model(row.to(model.device)).item()
 
 
 def _check_probe(shop: Workshop) -> None:
@@ -223,11 +229,7 @@ def _check_probe(shop: Workshop) -> None:
     model = shop.load_scorer(shop.reward_source)
     tolerance = 0.05 if shop.machine.dtype is torch.bfloat16 else 1e-4
     for ids, prompt_len, wanted in zip(probe["ids"], probe["prompt_lens"], probe["scores"]):
-        row = Sequences(
-            torch.tensor([ids]), torch.tensor([prompt_len]), torch.tensor([len(ids) - prompt_len]), torch.tensor([True])
-        )
-        with torch.no_grad():
-            score = model(row.to(model.device)).item()
+        score = _score_alone(model, ids, prompt_len)
         if abs(score - wanted) > tolerance * max(1.0, abs(wanted)):
             raise TercetError(
                 f"{shop.reward_source} gives {score:.5f} to a text that it gave {wanted:.5f} when it was trained: the checkpoint, its "
