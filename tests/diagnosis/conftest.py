@@ -41,7 +41,7 @@ def settings(data: Path, seed: int) -> Record:
             "max_new_tokens": 48,
             "learning_rate": 5e-4,
             "value_learning_rate": 1e-3,
-            "kl": {"coef": 0.2},
+            "kl": {"coef": 0.3},
             "evaluate_every": 4,
         },
         "evaluation": {"prompts": 160, "gold": "tercet.world:gold", "best_of_prompts": 4, "best_of_samples": 16},

@@ -117,7 +117,7 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     "kl_coef 0": (
         "ppo",
         lambda clinic: {"ppo": {"kl": {"coef": 0.0}}},
-        {"kl_exploded", "over_optimised", "judge_disagrees", "distinct_fell", "repeats"},
+        {"kl_exploded", "over_optimised", "judge_disagrees", "distinct_fell"},
     ),
     # PPO stops in its second iteration, because all responses are empty; the verdict says what led to it.
     "learning rate x 100": ("ppo", lambda clinic: {"ppo": {"learning_rate": 5e-2}}, {"step_size"}),
