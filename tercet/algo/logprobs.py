@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.algo.masks import at_least_float32
-from tercet.algo.products import by_rows, product_dtype
+from tercet.algo.products import by_rows, pieces, product_dtype
 
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
@@ -83,7 +83,6 @@ def _check(temperature: float) -> None:
 
 
 _NARROWEST = 4096  # tokens of the vocabulary in a chunk: narrower products are slower
-_PIECE = 2**19  # logits that stay in the processor's cache from one element-wise operation to the next
 
 
 class _InChunks(torch.autograd.Function):
@@ -165,7 +164,7 @@ class _Head:
             kept.offer(product)
             rows, columns = _inside(targets, span)
             picked[rows] = self._logits(product[rows, columns])
-            sums = [_sums(self._logits(piece), with_entropy) for piece in _pieces(product, product)]
+            sums = [_sums(self._logits(piece), with_entropy) for piece in pieces(product, product)]
             parts.append((torch.cat([one[0] for one in sums]), torch.cat([one[1] for one in sums])))
         every = torch.stack([one[0] for one in parts])
         log_z = every.logsumexp(0)
@@ -200,7 +199,7 @@ class _Head:
             if product is None:
                 product = self.product(inputs, weight, span)
             slope = torch.empty_like(product)
-            for piece, log_zs, into in zip(*(_pieces(tensor, product) for tensor in (product, log_z, slope))):
+            for piece, log_zs, into in zip(*(pieces(tensor, product) for tensor in (product, log_z, slope))):
                 into.copy_((self._logits(piece) - log_zs[:, None]).exp_())
             rows, columns = _inside(targets, span)
             slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)  # p - 1 with all its digits, also where p is nearly 1
@@ -233,11 +232,6 @@ def _sums(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     # A token of probability 0 has logit -inf: 0 * -inf would be NaN. So would 0 / 0, of a chunk that has no others.
     moment = weights.mul_(logits.clamp_(min=least)).sum(1)
     return log_z, total.clamp_(min=tiny).log() - moment / total
-
-
-def _pieces(rows: Tensor, of: Tensor) -> tuple[Tensor, ...]:
-    """As many rows at a time as their logits `of` stay in the processor's cache."""
-    return torch.split(rows, max(1, _PIECE // of.shape[1]) if rows.device.type == "cpu" else max(1, len(rows)))
 
 
 def _inside(targets: Tensor, span: slice) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tercet.algo.products import pieces
+
 _BLOCK = 256
-_CACHED = 2**19  # logits
 PURPOSES = ("rollout", "evaluation", "normalisation")
 
 
@@ -32,9 +33,8 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
     float32 or wider. Two levels: sums of 256 tokens in the logits' own precision, then everything in float64, so that the tail of a
     vocabulary of 150,000 keeps its mass. As many rows at a time as stay in a processor's cache.
     """
-    rows = max(1, _CACHED // logits.shape[1] if logits.device.type == "cpu" else len(logits))
-    parts = torch.split(logits, rows)
-    numbers = [None] * len(parts) if uniform is None else torch.split(uniform, rows)
+    parts = pieces(logits, logits)
+    numbers = [None] * len(parts) if uniform is None else pieces(uniform, logits)
     drawn = [_draw(part, number, temperature) for part, number in zip(parts, numbers)]
     return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
 

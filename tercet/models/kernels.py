@@ -105,12 +105,11 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_x = by_rows(gradient, weight.bfloat16().t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
         if ctx.needs_input_grad[1]:  # in the memory layout that the weight has
-            contiguous = weight.is_contiguous()
-            for_weight = _transposed_product(gradient, rows) if contiguous else _transposed_product(rows, gradient).t()
+            in_rows = weight.is_contiguous()
+            for_weight = _transposed_product(gradient, rows) if in_rows else _transposed_product(rows, gradient).t()
         if ctx.needs_input_grad[2]:
-            for_bias = gradient.sum(
-                0
-            )  # summed in float32, rounded like the weight's; to ask for float32 would copy all of it first
+            # Summed in float32, rounded like the weight's: to ask for float32 would copy all of it first.
+            for_bias = gradient.sum(0)
         return for_x, for_weight, for_bias
 
 

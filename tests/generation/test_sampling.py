@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tercet.generation import sampling
+from tercet.algo import products
 from tercet.generation.sampling import PURPOSES, inverse_cdf, uniforms
 
 BELOW_ONE = 1 - 2.0**-53
@@ -138,7 +138,7 @@ def test_precision_of_the_logprobs() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_rows_do_not_touch_each_other(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many of them are drawn at a time."""
-    monkeypatch.setattr(sampling, "_CACHED", 600 * rows)
+    monkeypatch.setattr(products, "_PIECE", 600 * rows)
     generator = torch.Generator().manual_seed(0)
     logits, numbers = torch.randn(7, 600, generator=generator), torch.rand(7, generator=generator, dtype=torch.float64)
     together, logprobs = inverse_cdf(logits, numbers, 0.8)

@@ -472,7 +472,7 @@ PACKING: list[Row] = [
 SAMPLING: list[Row] = [
     (
         "every part of the rows gets the first numbers",
-        "else torch.split(uniform, rows)",
+        "else pieces(uniform, logits)",
         "else [uniform[: len(p)] for p in parts]",
     ),
     (
