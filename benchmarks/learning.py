@@ -3,8 +3,9 @@
     python benchmarks/learning.py RUN/sft/model RUN/reward/model PROMPTS --peer-python TRL_ENV/bin/python --seconds 300 --seeds 0 1 2
 
 Both train at once, each on one thread, so that each has the same machine. Every policy on the way is judged by the same code: one
-response at temperature 1 to each held-out prompt, its score by the reward model and its KL from the SFT policy in nats. --ours and
---peer are settings in JSON, beside which each side has its own defaults.
+response at temperature 1 to each held-out prompt, its score by the reward model and its KL from the SFT policy in nats; equally often
+on both sides, for of more noisy scores the highest is higher. --ours and --peer are settings in JSON, beside which each side has its
+own defaults.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("prompts")
     parser.add_argument("--peer-python", required=True, help="the Python of an environment with trl==1.12.0")
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--every", type=int, default=2, help="iterations between two policies that are judged")
+    parser.add_argument("--every", type=float, default=10, help="seconds of training between two policies that are judged")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--ours", default="{}")

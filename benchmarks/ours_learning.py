@@ -38,7 +38,7 @@ def main(folder: Path, settings: dict[str, object]) -> None:
     generator = NativeGenerator(policy, stop_ids=[int(tokenizer.eos_token_id)], max_new_tokens=config.max_new_tokens)
     actors = Actors(policy, reference, value_model, generator, RewardModelScorer(reward, microbatches, machine.microbatch_tokens))
     run = StageRun("ppo", Path(tempfile.mkdtemp()), World(), machine, 10**9, 1, counter="iteration")
-    stations = Stations(folder / "ours", int(settings["every"]), float(settings["seconds"]))  # type: ignore[arg-type, call-overload]
+    stations = Stations(folder / "ours", float(settings["every"]), float(settings["seconds"]))  # type: ignore[arg-type, call-overload]
 
     def pause(iteration: int) -> dict[str, float]:
         def save(target: Path) -> None:

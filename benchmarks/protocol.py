@@ -64,12 +64,12 @@ class Worker:
 
 
 class Stations:
-    """A worker's side where policies are to be judged later: saves one at every few iterations, its folder named by iteration and
-    seconds of training so far (saving not counted), and ends the process when its seconds are used up."""
+    """A worker's side where policies are to be judged later: saves one after the first iteration that ends beyond each multiple of
+    `every` seconds of training (saving not counted), its folder named by iteration and seconds, and ends the process at `seconds`."""
 
-    def __init__(self, folder: Path, every: int, seconds: float):
+    def __init__(self, folder: Path, every: float, seconds: float):
         self._folder, self._every, self._limit = folder, every, seconds
-        self._used, self._passed = 0.0, 0
+        self._used, self._passed, self._due = 0.0, 0, every
         self._since: float | None = None
 
     def pass_by(self, save: Callable[[Path], None]) -> None:
@@ -77,7 +77,8 @@ class Stations:
         if self._since is not None:
             self._used += time.perf_counter() - self._since
             self._passed += 1
-            if self._passed % self._every == 0 or self._used >= self._limit:
+            if self._used >= min(self._due, self._limit):
+                self._due = (self._used // self._every + 1) * self._every
                 save(self._folder / f"{self._passed:05d}-{self._used:.1f}")
             if self._used >= self._limit:
                 os._exit(0)

@@ -201,7 +201,7 @@ class Pipeline:
         if world.is_main:
             chosen: dict[str, Any] = machine.settings()
             if self.config.ppo.learning_rate == "auto":
-                chosen["ppo.learning_rate"] = f"{usual_rate(parameters):.2g}"
+                chosen["ppo.learning_rate"] = f"{usual_rate(parameters, self.config.ppo.minibatch):.2g}"
             shown = "  ".join(f"{key} {value}" for key, value in chosen.items())
             console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {shown}")
         return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables, Watch)

@@ -30,11 +30,10 @@ def learning_rate(
     return base * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def usual_rate(parameters: int) -> float:
-    """PPO's learning rate for a policy of that size where none is given: 1e-5 for a billion parameters, as one over their square root,
-    at most 1e-3.
+def usual_rate(parameters: int, minibatch: int) -> float:
+    """PPO's learning rate where none is given: 1e-5 for a policy of a billion parameters and minibatches of 512 responses, as one over
+    the square root of the former and as the square root of the latter (Malladi 2022), at most 1e-3.
 
-    What was used for language models: 1e-5 for 0.8 billion (Ziegler 2019), 1.5e-5 for 1.3 and 7e-6 for 6.7 (Stiennon 2020); here
-    1e-4 for 6 million and 3e-4 for 0.7 million.
+    What was used with 512: 1e-5 for 0.8 billion (Ziegler 2019), 1.5e-5 for 1.3 and 7e-6 for 6.7 (Stiennon 2020).
     """
-    return min(1e-3, 1e-5 * math.sqrt(1e9 / max(1, parameters)))
+    return min(1e-3, 1e-5 * math.sqrt(1e9 / max(1, parameters) * minibatch / 512))

@@ -58,7 +58,8 @@ class NativeGenerator:
             raise ValueError("a prompt without a token: there is nothing to predict the response from")
         inputs, prompt_mask = _left_padded(prompts, device)
         positions, width = position_ids(prompt_mask), inputs.shape[1]
-        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompts), steps)], dim=1)
+        mask = self._mask_of_steps(torch.cat([prompt_mask, prompt_mask.new_ones(len(prompts), steps)], dim=1))
+        seen = prompt_mask.long()
         cache = cache_for(self._policy.model, width + steps)
         rows = torch.arange(len(prompts), device=device)  # the active rows' places in the batch
         responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
@@ -68,7 +69,7 @@ class NativeGenerator:
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         with packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype):
             for step in range(steps if prompts else 0):  # a rank of many may have no rows
-                logits = self._next_logits(inputs, mask[:, : width + step], positions, cache)
+                logits = self._next_logits(inputs, seen, positions, cache)
                 uniform = None if uniforms is None else uniforms[rows.cpu(), step]
                 tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
                 responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
@@ -80,7 +81,7 @@ class NativeGenerator:
                     kept = _close_ranks(ended)
                     rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
                     cache.batch_select_indices(kept)
-                inputs = tokens[:, None]
+                inputs, seen = tokens[:, None], mask[..., : width + step + 1]
                 positions = positions[:, -1:] + 1
         if not bool(logprobs.isfinite().all()):
             raise TercetError(
@@ -89,11 +90,19 @@ class NativeGenerator:
             )
         return _assemble(prompts, responses, lengths, finished, logprobs, self.version)
 
+    def _mask_of_steps(self, mask: Tensor) -> Tensor:
+        """(B, W) as the steps take it: (B, 1, 1, W) of 0 and -inf, from which a model makes nothing anew at every step, or (B, W) for
+        one with a window or to which the mask says more."""
+        if not self._policy.sees_all:
+            return mask.long()
+        zeros = torch.zeros(mask.shape, dtype=self._policy.compute_dtype, device=mask.device)
+        return zeros.masked_fill_(~mask, -torch.inf)[:, None, None]
+
     def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the token after the last input."""
         policy = self._policy
         extra = {"position_ids": positions} if self._takes_positions else {}
-        arguments = {"input_ids": inputs, "attention_mask": mask.long(), "past_key_values": cache, "use_cache": True, **extra}
+        arguments = {"input_ids": inputs, "attention_mask": mask, "past_key_values": cache, "use_cache": True, **extra}
         with policy.autocast():
             if policy.own_logits:
                 return policy.model(**arguments, logits_to_keep=1).logits[:, -1]

@@ -235,14 +235,8 @@ def _causal(length: int, queries: int, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    if _active.get() is not None:
-        return None
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    if mask is None or mask.dtype is not torch.bool or mask.device.type != "cpu" or mask.shape[-2] > 1 or torch.is_grad_enabled():
-        return mask
-    # One token a row: every layer's attention would make what is added to its scores from the mask anew.
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    mask: Tensor | None = None if _active.get() is not None else sdpa_mask(*args, **kwargs)
+    return mask
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -43,6 +43,11 @@ class _Role(nn.Module):
             use_fast_products(self.model.base_model)
 
     @property
+    def sees_all(self) -> bool:
+        """Whether a token sees all before it and itself, and nothing else goes by the mask."""
+        return self._packs and self._window is None
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

@@ -193,7 +193,7 @@ def weights_hash(module: nn.Module) -> str:
 
 def _rates(config: PPOConfig, iteration: int, model: Policy) -> tuple[float | None, float]:
     """The learning rates of the policy, None while only the value model learns, and of the value model."""
-    usual = usual_rate(sum(parameter.numel() for parameter in model.parameters()))
+    usual = usual_rate(sum(parameter.numel() for parameter in model.parameters()), config.minibatch)
     first = usual if config.learning_rate == "auto" else config.learning_rate
     value_first = 3 * first if config.value_learning_rate == "auto" else config.value_learning_rate
     policy, value = (

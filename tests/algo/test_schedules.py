@@ -38,6 +38,7 @@ def test_refusals() -> None:
         learning_rate(0, 0, 2.0, "linear")
 
 
-def test_the_usual_rate_goes_down_as_one_over_the_square_root_of_the_size() -> None:
-    assert [usual_rate(size) for size in (10**9, 4 * 10**9, 10**7)] == pytest.approx([1e-5, 5e-6, 1e-4])
-    assert usual_rate(0) == usual_rate(10_000) == 1e-3
+def test_the_usual_rate_goes_down_with_the_size_and_up_with_the_minibatch() -> None:
+    assert [usual_rate(size, 512) for size in (10**9, 4 * 10**9, 10**7)] == pytest.approx([1e-5, 5e-6, 1e-4])
+    assert [usual_rate(10**9, count) for count in (128, 32, 8)] == pytest.approx([5e-6, 2.5e-6, 1.25e-6])
+    assert usual_rate(0, 512) == usual_rate(10_000, 512) == 1e-3

@@ -140,10 +140,10 @@ class TestPPO:
         self, ppo: Any, runs: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         metrics, _, folder = ppo(iterations=2, learning_rate="auto", value_learning_rate="auto")
-        size = AutoModelForCausalLM.from_pretrained(runs.model).num_parameters()
-        assert [row["learning_rate"] for row in metrics] == [usual_rate(size), usual_rate(size) / 2]
-        assert f"ppo.learning_rate {usual_rate(size):.2g}" in " ".join(capsys.readouterr().err.split())
-        _, _, same = ppo(iterations=2, learning_rate=usual_rate(size), value_learning_rate=3 * usual_rate(size))
+        rate = usual_rate(AutoModelForCausalLM.from_pretrained(runs.model).num_parameters(), 8)
+        assert [row["learning_rate"] for row in metrics] == [rate, rate / 2]
+        assert f"ppo.learning_rate {rate:.2g}" in " ".join(capsys.readouterr().err.split())
+        _, _, same = ppo(iterations=2, learning_rate=rate, value_learning_rate=3 * rate)
         weights = [(run / "ppo/model/model.safetensors").read_bytes() for run in (folder, same)]
         assert weights[0] == weights[1]
 

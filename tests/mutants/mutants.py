@@ -252,7 +252,8 @@ LOSSES: list[Row] = [
 ]
 
 SCHEDULES: list[Row] = [
-    ("larger models learn as fast", "1e-5 * math.sqrt(1e9 / max(1, parameters))", "1e-5"),
+    ("larger models learn as fast", "1e9 / max(1, parameters) * minibatch / 512", "minibatch / 512"),
+    ("small minibatches learn as fast", " * minibatch / 512", ""),
     ("the smallest models learn ever faster", "min(1e-3, 1e-5", "max(0.0, 1e-5"),
     ("the first step of warm-up learns nothing", "base * (step + 1) / warmup_steps", "base * step / warmup_steps"),
     ("the last step learns nothing", "max(1, total_steps - warmup_steps)", "max(1, total_steps - warmup_steps - 1)"),
@@ -673,7 +674,9 @@ MUTANTS: list[Mutant] = [
             ("positions are not passed", '{"position_ids": positions} if self._takes_positions else {}', "{}"),
             ("positions stand still", "positions = positions[:, -1:] + 1", "positions = positions[:, -1:]"),
             ("pads at the left are attended to", "mask[row, width - len(prompt) :] = True", "mask[row, :] = True"),
-            ("no attention mask", '"attention_mask": mask.long(), ', ""),
+            ("no attention mask", '"attention_mask": mask, ', ""),
+            ("steps attend to the pads at the left", "zeros.masked_fill_(~mask, -torch.inf)", "zeros"),
+            ("a window is passed over", "if not self._policy.sees_all:", "if False:"),
         ],
     ),
     *_of(

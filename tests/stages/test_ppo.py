@@ -303,7 +303,7 @@ def test_learning_rates_that_are_not_given(
 ) -> None:
     """The policy's follows from its own size, the value model's is three times the policy's."""
     policy = tiny.policy_of()
-    sizes: list[int] = []
-    monkeypatch.setattr(ppo, "usual_rate", lambda size: sizes.append(size) or 1.0)
-    assert ppo._rates(PPOConfig.model_validate(given), 0, policy) == wanted
-    assert sizes == [sum(weight.numel() for weight in tiny.weights(policy).values())]
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(ppo, "usual_rate", lambda *of: asked.append(of) or 1.0)
+    assert ppo._rates(PPOConfig.model_validate(given | {"minibatch_size": 32}), 0, policy) == wanted
+    assert asked == [(sum(weight.numel() for weight in tiny.weights(policy).values()), 32)]
