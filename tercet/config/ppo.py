@@ -69,7 +69,7 @@ class PPOConfig(Section):
     ppo_epochs: int = setting(4, "passes over each rollout batch", ge=1)
     learning_rate: Literal["auto"] | Positive = setting(
         "auto",
-        "of the policy (AdamW, betas 0.9, 0.999, eps 1e-5); auto: sqrt(minibatch_size / 512) times 1e-5 for a billion parameters, as one over their square root",
+        "of the policy (AdamW, betas 0.9, 0.999, eps 1e-5); auto: 1e-5 * sqrt(minibatch_size / 512 / billions of its parameters)",
     )
     value_learning_rate: Literal["auto"] | Positive = setting("auto", "of the value model; auto: three times the policy's")
     schedule: Schedule = setting("linear", "of both learning rates, over iterations")
