@@ -13,12 +13,14 @@ from transformers.cache_utils import DynamicLayer
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, (B, heads, tokens, head size), as views of storage with room for `capacity` tokens.
 
-    transformers' own layer concatenates: it copies the whole cache at every token.
+    transformers' own layer concatenates: it copies the whole cache at every token. With `mask` (B, W) the first update is of the
+    texts of that mask end to end, (1, heads, at least as many as the mask has, head size).
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, mask: Tensor | None) -> None:
         super().__init__()
         self._capacity = capacity
+        self._mask = mask
         self._length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -28,12 +30,26 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
+            if self._mask is not None:
+                self._take_apart(key_states, value_states, self._mask)
+                return key_states, value_states
             self.lazy_initialization(key_states, value_states)
         end = self._length + key_states.shape[2]
         for storage, states in zip(self._storage, (key_states, value_states)):
             storage[:, :, self._length : end] = states
         self._length = end
         return self._look()
+
+    def _take_apart(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+        """Give each text its row, and zeros to pads: what happens to stand there might not be finite."""
+        places = mask.flatten().nonzero().squeeze(1)
+        apart = []
+        for states in (keys, values):
+            padded = states.new_zeros(mask.numel(), states.shape[1], states.shape[3])
+            padded.index_copy_(0, places, states[0, :, : len(places)].transpose(0, 1))
+            apart.append(padded.unflatten(0, mask.shape).transpose(1, 2))
+        self._mask = None
+        self.update(*apart)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`. Only rows that move are copied: each must come from behind all that are kept."""
@@ -48,10 +64,11 @@ class RoomyLayer(DynamicLayer):
         return keys, values
 
 
-def cache_for(model: PreTrainedModel, capacity: int) -> DynamicCache:
-    """An empty cache with room for `capacity` tokens; layers that forget (sliding windows) are transformers' own."""
+def cache_for(model: PreTrainedModel, capacity: int, mask: Tensor | None = None) -> DynamicCache:
+    """An empty cache with room for `capacity` tokens; layers that forget (sliding windows) are transformers' own. `mask` as in
+    RoomyLayer, where no layer forgets."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(capacity, mask) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

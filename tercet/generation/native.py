@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from tercet.algo.masks import position_ids
 from tercet.generation.cache import cache_for
 from tercet.generation.sampling import inverse_cdf
+from tercet.models.attention import Packing
 from tercet.models.kernels import packed_weights
 from tercet.models.roles import Policy
 from tercet.types import Sequences, TercetError, TokenRow
@@ -38,6 +39,7 @@ class NativeGenerator:
     ):
         self._policy = policy
         self._takes_positions = "position_ids" in inspect.signature(policy.model.forward).parameters
+        self._packs_prompts = policy.sees_all and not policy.own_logits
         self._stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=policy.device)
         self._stop_texts = stop_texts or []
         self._decode = decode
@@ -59,8 +61,7 @@ class NativeGenerator:
         inputs, prompt_mask = _left_padded(prompts, device)
         positions, width = position_ids(prompt_mask), inputs.shape[1]
         mask = self._mask_of_steps(torch.cat([prompt_mask, prompt_mask.new_ones(len(prompts), steps)], dim=1))
-        seen = prompt_mask.long()
-        cache = cache_for(self._policy.model, width + steps)
+        cache = cache_for(self._policy.model, width + steps, prompt_mask if self._packs_prompts else None)
         rows = torch.arange(len(prompts), device=device)  # the active rows' places in the batch
         responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
         wide = torch.float64 if self._policy.compute_dtype is torch.float64 else torch.float32
@@ -69,7 +70,10 @@ class NativeGenerator:
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         with packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype):
             for step in range(steps if prompts else 0):  # a rank of many may have no rows
-                logits = self._next_logits(inputs, seen, positions, cache)
+                if step == 0:
+                    logits = self._first_logits(inputs, prompt_mask, positions, cache)
+                else:
+                    logits = self._next_logits(inputs, mask[..., : width + step], positions, cache)
                 uniform = None if uniforms is None else uniforms[rows.cpu(), step]
                 tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
                 responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
@@ -81,7 +85,7 @@ class NativeGenerator:
                     kept = _close_ranks(ended)
                     rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
                     cache.batch_select_indices(kept)
-                inputs, seen = tokens[:, None], mask[..., : width + step + 1]
+                inputs = tokens[:, None]
                 positions = positions[:, -1:] + 1
         if not bool(logprobs.isfinite().all()):
             raise TercetError(
@@ -97,6 +101,16 @@ class NativeGenerator:
             return mask.long()
         zeros = torch.zeros(mask.shape, dtype=self._policy.compute_dtype, device=mask.device)
         return zeros.masked_fill_(~mask, -torch.inf)[:, None, None]
+
+    def _first_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits (B, V) of the token after each prompt; from the prompts end to end where the model lets them stand so."""
+        if not self._packs_prompts:
+            return self._next_logits(inputs, mask.long(), positions, cache)
+        policy, lengths = self._policy, mask.sum(1)
+        packing = Packing.of(lengths, mask.shape[1])
+        with policy.autocast():
+            states = packing.states(policy.model.base_model, inputs[mask], past_key_values=cache, use_cache=True)
+            return policy.head(states[0, lengths.cumsum(0) - 1])
 
     def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the token after the last input."""

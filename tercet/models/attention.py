@@ -99,9 +99,12 @@ class Packing:
             groups=tuple(groups),
         )
 
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, L) -> (1, N)."""
-        return F.pad(x.flatten()[self.tokens], (0, len(self.positions) - len(self.tokens)))[None]
+    def states(self, trunk: Any, ids: Tensor, **options: Any) -> Tensor:
+        """The trunk's last hidden states (1, N, D) of the texts' tokens (N - spare,) one after the other."""
+        spared = F.pad(ids, (0, len(self.positions) - len(ids)))
+        with self.active():
+            states: Tensor = trunk(input_ids=spared[None], position_ids=self.positions[None], **options).last_hidden_state
+        return states
 
     def unpack(self, x: Tensor) -> Tensor:
         """(1, N, D) -> (B, L, D), 0 at pads."""

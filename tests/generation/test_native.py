@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from tercet.generation.cache import cache_for
+from tercet.generation.cache import RoomyLayer, cache_for
 from tercet.generation.native import NativeGenerator, _close_ranks
 from tercet.generation.sampling import uniforms
 from tercet.models.load import load_causal_lm
@@ -174,7 +174,8 @@ def test_rows_end_at_the_first_stop_id_and_leave_the_batch() -> None:
     sequences = generator_of(policy, stop_ids=sorted(stops)).sample(prompts, numbers())
     assert responses_of(sequences) == wanted and sequences.finished.tolist() == finished
     assert sequences.prompt_lens.tolist() == list(LENGTHS)
-    assert sizes == [sum(len(response) > step for response in wanted) for step in range(max(map(len, wanted)))]
+    active = [sum(len(response) > step for response in wanted) for step in range(max(map(len, wanted)))]
+    assert sizes == [1, *active[1:]], "the prompts lie end to end, then each row has one token"
     for row, (prompt, response) in enumerate(zip(prompts, wanted)):
         assert sequences.input_ids[row].tolist() == prompt + response + [0] * (
             sequences.input_ids.shape[1] - len(prompt) - len(response)
@@ -308,6 +309,20 @@ def test_the_roomy_cache_is_the_cache_of_transformers(architecture: str, dtype: 
             inputs = inputs[kept]
             for cache in (roomy, plain):
                 cache.batch_select_indices(kept)
+
+
+def test_the_roomy_cache_gives_each_of_the_texts_that_lie_end_to_end_its_row() -> None:
+    mask = torch.tensor([[False, True, True], [True, True, True], [False, False, True]])
+    layer = RoomyLayer(5, mask)
+    keys = torch.arange(1.0, 17).view(1, 2, 8, 1)  # two heads of six tokens, and two tokens that belong to no text
+    assert all(torch.equal(given, back) for given, back in zip((keys, -keys), layer.update(keys, -keys)))
+    first = [[0, 1, 2], [3, 4, 5], [0, 0, 6]]
+    second = [[0, 9, 10], [11, 12, 13], [0, 0, 14]]
+    assert layer.keys[..., 0].tolist() == [list(rows) for rows in zip(first, second)]
+    assert torch.equal(layer.values, -layer.keys)
+    step = torch.full((3, 2, 1, 1), 20.0)
+    keys, _ = layer.update(step, step)
+    assert layer.get_seq_length() == 4 and keys[0, :, :, 0].tolist() == [[0, 1, 2, 20], [0, 9, 10, 20]]
 
 
 def test_numbers_that_are_not_finite_are_an_error_not_a_sample() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,11 +28,17 @@ def texts(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return ids, lens
 
 
+def echo(input_ids: Tensor, position_ids: Tensor) -> SimpleNamespace:
+    """A trunk whose states are the ids."""
+    assert position_ids.shape == input_ids.shape
+    return SimpleNamespace(last_hidden_state=input_ids[..., None])
+
+
 def test_a_packing_gives_each_token_its_place_and_back():
     ids, lens = texts(LENGTHS)
     packing = Packing.of(lens, 30)
     wide = torch.nn.functional.pad(ids, (0, 5))
-    packed = packing.pack(wide)[0]
+    packed = packing.states(echo, wide.flatten()[packing.tokens])[0, :, 0]
     assert len(packed) % 32 == 0 and len(packed) >= sum(LENGTHS)
     assert packed[: sum(LENGTHS)].tolist() == [token for row, length in zip(ids.tolist(), LENGTHS) for token in row[:length]]
     assert packing.positions[: sum(LENGTHS)].tolist() == [place for length in LENGTHS for place in range(length)]

@@ -677,6 +677,7 @@ MUTANTS: list[Mutant] = [
             ("no attention mask", '"attention_mask": mask, ', ""),
             ("steps attend to the pads at the left", "zeros.masked_fill_(~mask, -torch.inf)", "zeros"),
             ("a window is passed over", "if not self._policy.sees_all:", "if False:"),
+            ("the first token follows another prompt", "lengths.cumsum(0) - 1", "lengths - 1"),
         ],
     ),
     *_of(
