@@ -69,16 +69,15 @@ class Stations:
 
     def __init__(self, folder: Path, every: float, seconds: float):
         self._folder, self._every, self._limit = folder, every, seconds
-        self._used, self._passed, self._due = 0.0, 0, every
+        self._used, self._passed = 0.0, 0
         self._since: float | None = None
 
     def pass_by(self, save: Callable[[Path], None]) -> None:
         """Called before the first iteration and after each."""
         if self._since is not None:
-            self._used += time.perf_counter() - self._since
+            before, self._used = self._used, self._used + time.perf_counter() - self._since
             self._passed += 1
-            if self._used >= min(self._due, self._limit):
-                self._due = (self._used // self._every + 1) * self._every
+            if self._used // self._every > before // self._every or self._used >= self._limit:
                 save(self._folder / f"{self._passed:05d}-{self._used:.1f}")
             if self._used >= self._limit:
                 os._exit(0)

@@ -61,8 +61,7 @@ class _Role(nn.Module):
         ids = sequences.input_ids
         if not self._packs or not len(ids) or (self._window is not None and ids.shape[1] > self._window):
             return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        packing = Packing.of(sequences.lengths, ids.shape[1])
-        return packing.unpack(packing.states(self.model.base_model, ids.flatten()[packing.tokens], use_cache=False))
+        return _packed_states(self.model.base_model, ids, sequences.lengths)
 
     def freeze(self) -> None:
         """No gradients, and under bfloat16 no more digits than matrix products take."""
@@ -198,6 +197,12 @@ def init_score_head(head: nn.Linear, generator: torch.Generator | None) -> None:
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
 
 
+def _packed_states(trunk: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Last hidden states (B, L, D) of right-padded texts (B, L), computed end to end."""
+    packing = Packing.of(lengths, ids.shape[1])
+    return packing.unpack(packing.states(trunk, ids.flatten()[packing.tokens], use_cache=False))
+
+
 @torch.no_grad()
 def _is_indifferent_to_packing(trunk: Any) -> bool:
     """Whether texts that lie end to end get the states that each gets alone: not so where positions are counted or states carried
@@ -208,8 +213,7 @@ def _is_indifferent_to_packing(trunk: Any) -> bool:
     ids = torch.arange(10, device=trunk.device).view(2, 5) % embedding_rows(trunk)
     was_training = trunk.training
     trunk.eval()
-    packing = Packing.of(lengths, 5)
-    packed = packing.unpack(packing.states(trunk, ids.flatten()[packing.tokens], use_cache=False))
+    packed = _packed_states(trunk, ids, lengths)
     alone = [trunk(input_ids=row[None, :length], use_cache=False).last_hidden_state[0] for row, length in zip(ids, lengths)]
     trunk.train(was_training)
     tolerance = 0.03 if torch.is_autocast_enabled(trunk.device.type) else 1e-4  # a leak changes a state by about as much as it is
