@@ -181,6 +181,7 @@ def update_of(
     tokens: int = 4096,
     boundary: Callable[[UpdateProgress], None] = lambda progress: None,
     progress: UpdateProgress | None = None,
+    first_logprobs: Tensor | None = None,
 ) -> UpdateProgress:
     progress = progress or UpdateProgress()
     trainables = Trainables(
@@ -191,7 +192,8 @@ def update_of(
         policy_learning_rate,
         1e-3,
     )
-    update(experience, trainables, config, World(), progress, iteration=0, seed=0, max_tokens=tokens, boundary=boundary)
+    options: Any = {"iteration": 0, "seed": 0, "max_tokens": tokens, "boundary": boundary, "first_logprobs": first_logprobs}
+    update(experience, trainables, config, World(), progress, **options)
     return progress
 
 

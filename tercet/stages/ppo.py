@@ -87,11 +87,11 @@ def train_ppo(
                     seed=seed,
                     max_tokens=run.machine.microbatch_tokens,
                     boundary=functools.partial(state.after_step, iteration, rollout),
+                    first_logprobs=rollout.first_logprobs,
                 )
             if trainables.policy_learning_rate is not None:  # a policy that stands still says nothing about the coefficient
                 controller.update(rollout.metrics["kl"], config.rollout_batch_size)
-            metrics = {"iteration": iteration + 1, **rollout.metrics, **progress.metrics()}
-            metrics["learning_rate"] = trainables.policy_learning_rate or 0.0
+            metrics = {"iteration": iteration + 1, **rollout.metrics, **progress.metrics(), "learning_rate": rates[0] or 0.0}
             last = iteration + 1 == config.iterations
             if config.evaluate_every and (last or (iteration + 1) % config.evaluate_every == 0):
                 with stopwatch.phase("evaluate"):
@@ -212,7 +212,9 @@ def _speeds(
     dtype: torch.dtype,
 ) -> dict[str, float]:
     """Tokens a second of the whole iteration, and how much of the machine's arithmetic the update got out of it."""
-    achieved = update_flops(rollout.experience, trainables, config, progress) / stopwatch.seconds["update_s"]
+    first_read = rollout.first_logprobs is not None
+    needed = update_flops(rollout.experience, trainables, config, progress, first_read=first_read)
+    achieved = needed / stopwatch.seconds["update_s"]
     return {
         "tokens_per_s": rollout.metrics["length"] * config.rollout_batch_size / sum(stopwatch.seconds.values()),
         "update_gflops": achieved / 1e9,

@@ -57,11 +57,16 @@ class Actors:
 
 @dataclass
 class Rollout:
-    """A rollout's experience, its metrics, and the responses in words."""
+    """A rollout's experience, its metrics, and the responses in words.
+
+    first_logprobs: the experience's log-probabilities once more, with the graph of their forward pass: it is that of the first
+    optimizer step too, if that one is over the whole rollout.
+    """
 
     experience: Experience
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
+    first_logprobs: Tensor | None = None
 
 
 def prompt_rows(count: int, batch_size: int, seed: int, iteration: int) -> list[int]:
@@ -99,7 +104,11 @@ def collect(
     with stopwatch.phase("score"):
         texts = prompts.texts_of(sequences, rows)
         raw_scores = actors.scorer.score(sequences, texts)
-        logprobs, entropy, ref_logprobs, values = read(actors, sequences, config.temperature, max_tokens)
+        one_step = config.minibatch == config.rollout_batch_size and iteration >= config.value_warmup_iterations
+        read_logprobs, entropy, ref_logprobs, values = read(
+            actors, sequences, config.temperature, max_tokens, keep_graph=one_step
+        )
+    logprobs = read_logprobs.detach()
     scores = combine_score(
         raw_scores.to(logprobs),
         sequences.finished,
@@ -137,26 +146,32 @@ def collect(
         "sampler_logprob_gap": max(world.gather(_sampler_gap(sequences, logprobs))),
     }
     samples = world.gather(_samples(iteration, texts, raw_scores, per_response["kl"], sequences))
-    return Rollout(experience, metrics, [samples[place % world.size][place // world.size] for place in range(len(batch))])
+    in_order = [samples[place % world.size][place // world.size] for place in range(len(batch))]
+    return Rollout(experience, metrics, in_order, read_logprobs if read_logprobs.requires_grad else None)
 
 
 @torch.no_grad()
-def read(actors: Actors, sequences: Sequences, temperature: float, max_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def read(
+    actors: Actors, sequences: Sequences, temperature: float, max_tokens: int, *, keep_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, reference log-probabilities and values of every response token, each (B, T), 0 outside the mask.
 
-    The forward is the one that the update makes, in the same micro-batches: before the first step the ratio is exactly 1.
+    The forward is the one that the update makes, in the same micro-batches: before the first step the ratio is exactly 1. With
+    `keep_graph`, and if all rows are one micro-batch, log-probabilities can be differentiated.
     """
     shape = sequences.response_mask.shape
     wide = torch.float64 if actors.policy.compute_dtype is torch.float64 else torch.float32
     logprobs, entropy, ref_logprobs, values = (
         torch.zeros(shape, dtype=wide, device=sequences.input_ids.device) for _ in range(4)
     )
-    for rows in microbatches(sequences.lengths.tolist(), max_tokens):
+    batches = microbatches(sequences.lengths.tolist(), max_tokens)
+    for rows in batches:
         part = sequences.select(rows)
         width = part.max_response
-        logprobs[rows, :width], entropy[rows, :width] = actors.policy(part, temperature=temperature, with_entropy=True)
         ref_logprobs[rows, :width], _ = actors.ref_policy(part, temperature=temperature)
         values[rows, :width] = actors.value_model(part, per_token=True)
+        with torch.set_grad_enabled(keep_graph and len(batches) == 1):
+            logprobs[rows, :width], entropy[rows, :width] = actors.policy(part, temperature=temperature, with_entropy=True)
     for name, tensor in (("policy", logprobs), ("reference", ref_logprobs), ("value model", values)):
         if not bool(tensor.isfinite().all()):
             raise TercetError(

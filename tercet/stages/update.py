@@ -70,8 +70,10 @@ def update(
     seed: int,
     max_tokens: int,
     boundary: Callable[[UpdateProgress], None],
+    first_logprobs: Tensor | None = None,
 ) -> None:
-    """Take the optimizer steps of one iteration, going on from `progress`; `boundary` is called after each of them.
+    """Take the optimizer steps of one iteration, going on from `progress`; `boundary` is called after each of them. first_logprobs:
+    what the policy gives in the first of them, where the rollout's own forward pass serves (Rollout).
 
     Losses are sums over micro-batches and ranks divided by the minibatch's response tokens, so that the step does not depend on
     how the batch was cut.
@@ -85,7 +87,8 @@ def update(
             count = int(response_lens[rows].sum())
             # Ascending, so that with one minibatch the micro-batches are those of the rollout's own forward.
             own = (rows[rows % world.size == world.rank] // world.size).sort().values
-            _step(experience, trainables, config, world, progress, own, count, max_tokens)
+            _step(experience, trainables, config, world, progress, own, count, max_tokens, first_logprobs)
+            first_logprobs = None
             progress.minibatch += 1
             boundary(progress)
         mean_kl = progress.epoch_approx_kl / max(1.0, progress.epoch_tokens)
@@ -96,18 +99,23 @@ def update(
     progress.finished = True
 
 
-def update_flops(experience: Experience, trainables: Trainables, config: PPOConfig, progress: UpdateProgress) -> int:
+def update_flops(
+    experience: Experience, trainables: Trainables, config: PPOConfig, progress: UpdateProgress, *, first_read: bool
+) -> int:
     """Floating-point operations that the update needed on this rank's real tokens, pads and recomputation not counted.
 
-    A backward pass costs twice a forward pass, and once where the weights are frozen below adapters.
+    A backward pass costs twice a forward pass, and once where the weights are frozen below adapters. first_read: the policy's first
+    forward pass was the rollout's.
     """
     lens, response_lens = experience.sequences.lengths, experience.sequences.response_lens
     tokens, responses = int(lens.sum()), int(response_lens.sum())
     passes = (progress.steps + progress.skipped) * config.minibatch / config.rollout_batch_size
-    roles: list[Policy | ScoreModel] = [trainables.value_model]
+    roles: list[tuple[Policy | ScoreModel, int]] = [(trainables.value_model, 0)]
     if trainables.policy_learning_rate is not None:
-        roles.append(trainables.policy)
-    return int(passes * sum((3 if role.merge is None else 2) * role.flops(tokens, responses) for role in roles))
+        roles.append((trainables.policy, int(first_read)))
+    return int(
+        sum((passes * (3 if role.merge is None else 2) - spared) * role.flops(tokens, responses) for role, spared in roles)
+    )
 
 
 def _step(
@@ -119,16 +127,21 @@ def _step(
     own: Tensor,
     count: int,
     max_tokens: int,
+    first_logprobs: Tensor | None,
 ) -> None:
     """One optimizer step of policy and value model on the rows `own` of this rank, of a minibatch with `count` response tokens."""
-    parts = [experience.select(own[part]) for part in microbatches(experience.sequences.lengths[own].tolist(), max_tokens)]
+    cuts = [own[part] for part in microbatches(experience.sequences.lengths[own].tolist(), max_tokens)]
+    parts = [experience.select(rows) for rows in cuts]
     sums: dict[str, Tensor] = {}
     norm = 0.0
     # One model after the other, so that the gradients of one are in memory at a time.
     if trainables.policy_learning_rate is not None:
-        for batch in parts:
+        for rows, batch in zip(cuts, parts):
             mask = batch.sequences.response_mask
-            new_logprobs, _ = trainables.policy(batch.sequences, temperature=config.temperature)
+            if first_logprobs is None:
+                new_logprobs, _ = trainables.policy(batch.sequences, temperature=config.temperature)
+            else:
+                new_logprobs = first_logprobs[rows]
             loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, config.clip_range, count)
             loss.backward()
             _add(sums, policy_loss=loss.detach() * count, **stats)

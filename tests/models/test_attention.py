@@ -165,6 +165,35 @@ def test_recomputed_layers_see_the_packing_again():
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["all", "grouped"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_one_bfloat16_query_a_row_is_the_definition(
+    tiles: bool, heads: tuple[int, int], masked: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Decoding, however many rows are widened at a time."""
+    monkeypatch.setattr(attention, "_has_tiles", lambda: tiles)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(5, number, length, 16, generator=generator).bfloat16()
+        for number, length in ((heads[0], 1), (heads[1], 9), (heads[1], 9))
+    )
+    mask = torch.zeros(5, 1, 1, 9, dtype=torch.bfloat16)
+    mask[1, ..., :4] = mask[3, ..., :8] = -torch.inf
+    module: Any = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, heads[0] // heads[1]
+    every = [x.float().repeat_interleave(heads[0] // heads[1], 1) for x in (key, value)]
+    scores = query.float() @ every[0].transpose(2, 3) * 0.3 + (mask.float() if masked else 0.0)
+    wanted = (scores.softmax(-1) @ every[1]).transpose(1, 2)
+    found = []
+    for widened in (1, 2 * key[0].numel(), 2**20):
+        monkeypatch.setattr(attention, "_WIDENED", widened)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(attention._attention(module, query, key, value, mask if masked else None, scaling=0.3)[0])
+    assert all(one.dtype is torch.bfloat16 and (one.float() - wanted).abs().max() < 0.02 for one in found)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+
+
 def test_bfloat16_stays_close_to_float32_in_both_layouts():
     exact = causal_lm("gpt2")
     sequences = ragged(SHAPES)

@@ -124,9 +124,11 @@ def test_a_forward_that_does_not_repeat_is_refused_at_the_first_minibatch(tmp_pa
 
     actors.policy.forward = noisy  # type: ignore[method-assign]
     with pytest.raises(TercetError, match="at the first minibatch of PPO new and old policy should be the same"):
-        train(actors, tiny.run_of(tmp_path))
+        train(actors, tiny.run_of(tmp_path), minibatch_size=4)
     with pytest.raises(TercetError, match="first minibatch"):  # also where only the value model learns at first
-        train(actors, tiny.run_of(tmp_path / "warm"), value_warmup_iterations=1, second_round=True)
+        train(actors, tiny.run_of(tmp_path / "warm"), value_warmup_iterations=1, minibatch_size=4, second_round=True)
+    with pytest.raises(TercetError, match="the policy and the reference differ"):  # where one forward serves rollout and update
+        train(actors, tiny.run_of(tmp_path / "whole"))
 
 
 def test_a_gap_that_is_not_a_number_is_no_agreement() -> None:

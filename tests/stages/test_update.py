@@ -91,6 +91,32 @@ def test_the_first_update_makes_the_forwards_of_the_rollout(actors: Actors) -> N
         assert made > 1 and forwards[made:] == forwards[:made]
 
 
+def test_the_first_step_takes_the_rollouts_own_forward_where_it_is_over_all_of_it(actors: Actors) -> None:
+    """The same weights to the bit as with a forward pass of its own, and one forward less."""
+    again = tiny.actors_of()
+    forwards: list[int] = []
+    again.policy.register_forward_hook(lambda module, inputs, output: forwards.append(1))
+    rollout, config = begin(actors, ppo_epochs=3)
+    assert rollout.first_logprobs is not None
+    assert torch.equal(rollout.first_logprobs, rollout.experience.logprobs)
+    assert not rollout.experience.logprobs.requires_grad and not rollout.experience.advantages.requires_grad
+    straight = tiny.update_of(rollout.experience, actors, config)
+    kept = begin(again, ppo_epochs=3)[0]
+    assert len(forwards) == 1
+    assert tiny.update_of(kept.experience, again, config, first_logprobs=kept.first_logprobs) == straight
+    assert len(forwards) == 3
+    assert tiny.largest_gap(tiny.weights(actors.policy), tiny.weights(again.policy)) == 0.0
+    assert tiny.largest_gap(tiny.weights(actors.value_model), tiny.weights(again.value_model)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"), [({"minibatch_size": 6}, 4096), ({}, 21), ({"value_warmup_iterations": 1}, 4096)], ids=str
+)
+def test_no_graph_is_kept_that_the_first_step_could_not_take(actors: Actors, options: dict[str, int], tokens: int) -> None:
+    """Of several minibatches or micro-batches, or where the policy does not learn yet."""
+    assert tiny.rollout_of(actors, tiny.ppo_config(**options), tokens=tokens).first_logprobs is None
+
+
 def test_max_approx_kl_ends_the_epochs_after_the_crossing_one(actors: Actors) -> None:
     """Row 53. The first epoch's first minibatch has KL 0, but its later ones have moved: three minibatches an epoch."""
     rollout, config = begin(actors, ppo_epochs=4, minibatch_size=4, max_approx_kl=1e-9)
@@ -280,6 +306,17 @@ def test_flops_of_an_update_by_hand() -> None:
     tokens, responses = int(experience.sequences.lengths.sum()), int(experience.sequences.response_lens.sum())
     trunk, width, vocabulary = 12 * 32**2, 32, 4
     wanted = 2 * 3 * 2 * (2 * trunk * tokens + (vocabulary + 1) * width * responses)
-    assert update_flops(experience, trainables, config, progress) == wanted
+    assert update_flops(experience, trainables, config, progress, first_read=False) == wanted
     still = dataclasses.replace(trainables, policy_learning_rate=None)
-    assert update_flops(experience, still, config, progress) == 2 * 3 * 2 * (trunk * tokens + width * responses)
+    assert update_flops(experience, still, config, progress, first_read=False) == 2 * 3 * 2 * (trunk * tokens + width * responses)
+
+
+def test_a_forward_that_the_rollout_made_is_none_of_the_updates() -> None:
+    """Two epochs of one minibatch: the policy goes once forward and twice backward."""
+    actors = tiny.actors_of()
+    config = tiny.ppo_config(ppo_epochs=2)
+    experience, progress = tiny.rollout_of(actors, config).experience, UpdateProgress(steps=2)
+    trainables = Trainables(actors.policy, actors.value_model, None, None, 1e-3, 1e-3)  # type: ignore[arg-type]
+    tokens, responses = int(experience.sequences.lengths.sum()), int(experience.sequences.response_lens.sum())
+    policy, value_model = (2 * (12 * 32**2 * tokens + labels * 32 * responses) for labels in (4, 1))
+    assert update_flops(experience, trainables, config, progress, first_read=True) == 5 * policy + 6 * value_model
