@@ -180,7 +180,7 @@ def _in_float32(
     half = query.device.type == "cpu" and query.dtype is torch.bfloat16
     if half and query.shape[2] == 1 and not torch.is_grad_enabled():
         return _decoding(module, query, key, value, attention_mask, **kwargs), None
-    return _in(torch.float32 if half else query.dtype, module, query, key, value, attention_mask, **kwargs), None
+    return _sdpa(torch.float32 if half else query.dtype, module, query, key, value, attention_mask, **kwargs), None
 
 
 def _decoding(
@@ -190,14 +190,14 @@ def _decoding(
     Without them torch's bfloat16 kernel takes twice as long as the float32 one (12 layers of 64 rows of 60 tokens: 41 and 22 ms), and
     so many rows at a time as stay in the cache, made float32, 18."""
     if _has_tiles():
-        return _in(torch.bfloat16, module, query, key, value, attention_mask, **kwargs)
+        return _sdpa(torch.bfloat16, module, query, key, value, attention_mask, **kwargs)
     rows = max(1, _WIDENED // max(1, key[:1].numel()))
     masks = [None] * len(key) if attention_mask is None else attention_mask.expand(len(key), -1, -1, -1).split(rows)
     parts = zip(query.split(rows), key.split(rows), value.split(rows), masks)
-    return torch.cat([_in(torch.float32, module, *part, **kwargs) for part in parts])
+    return torch.cat([_sdpa(torch.float32, module, *part, **kwargs) for part in parts])
 
 
-def _in(
+def _sdpa(
     dtype: torch.dtype,
     module: torch.nn.Module,
     query: Tensor,

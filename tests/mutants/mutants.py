@@ -337,6 +337,12 @@ ROLLOUT: list[Row] = [
         "actors.policy(part, temperature=temperature, with_entropy=True)",
         "actors.policy(part, with_entropy=True)",
     ),
+    (
+        "the graph of all rows is kept for one of several minibatches",
+        "config.minibatch == config.rollout_batch_size and iteration",
+        "iteration",
+    ),
+    ("the experience carries a graph", "logprobs = read_logprobs.detach()", "logprobs = read_logprobs"),
     ("KL of the reference against the policy", "kl = k1(logprobs, ref_logprobs)", "kl = k1(ref_logprobs, logprobs)"),
     ("k3 in the reward", "kl = k1(logprobs, ref_logprobs)", "kl = k3(logprobs, ref_logprobs)"),
     (
@@ -424,6 +430,9 @@ UPDATE: list[Row] = [
         "order[: config.minibatch]",
     ),
     ("micro-batches of the update differ from the rollout's", ".sort().values", ".flip(0)"),
+    ("the second step takes the rollout's forward too", "            first_logprobs = None\n", ""),
+    ("the rollout's forward is taken in another order of rows", "first_logprobs[rows]", "first_logprobs"),
+    ("the rollout's forward is passed over", "if first_logprobs is None:", "if True:"),
     ("the KL stop works upside down", "mean_kl > config.max_approx_kl", "mean_kl < config.max_approx_kl"),
     ("the KL stop sums over epochs", "        progress.epoch_tokens = progress.epoch_approx_kl = 0.0\n", ""),
     ("old values and returns are swapped", "batch.values, batch.returns, mask", "batch.returns, batch.values, mask"),
@@ -466,6 +475,7 @@ PACKING: list[Row] = [
     ),
     ("pads have gradients", ".index_fill_(0, packing.pads, 0.0)", ".index_fill_(0, packing.pads[:0], 0.0)"),
     ("texts of a group share queries", "permute(0, 2, 3, 1, 4)\n", "permute(0, 3, 2, 1, 4)\n"),
+    ("rows widened apart take others' values", "value.split(rows), masks)", "value.flip(0).split(rows), masks)"),
     ("spare tokens have states", "places[-1].zero_()", "places[-1].fill_(1.0)"),
     ("what carries states past attention is packed", "tolerance * own.abs().max()) for row", "1e9 * own.abs().max()) for row"),
 ]

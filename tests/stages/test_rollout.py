@@ -157,6 +157,22 @@ def test_metrics_and_experience_do_not_depend_on_micro_batches(actors: Actors) -
         assert torch.allclose(found.experience.advantages, wanted.experience.advantages, rtol=1e-9, atol=1e-12)
 
 
+def test_the_experience_carries_no_graph_and_the_kept_log_probabilities_do(actors: Actors) -> None:
+    rollout = tiny.rollout_of(actors, tiny.ppo_config())
+    assert rollout.first_logprobs is not None and rollout.first_logprobs.requires_grad
+    assert torch.equal(rollout.first_logprobs, rollout.experience.logprobs)
+    experience = rollout.experience
+    assert not any(getattr(experience, name).requires_grad for name in ("logprobs", "values", "rewards", "advantages", "returns"))
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"), [({"minibatch_size": 6}, 4096), ({}, 21), ({"value_warmup_iterations": 1}, 4096)], ids=str
+)
+def test_no_graph_is_kept_that_the_first_step_could_not_take(actors: Actors, options: dict[str, int], tokens: int) -> None:
+    """Of several minibatches or micro-batches, or where the policy does not learn yet."""
+    assert tiny.rollout_of(actors, tiny.ppo_config(**options), tokens=tokens).first_logprobs is None
+
+
 def test_metrics_do_not_depend_on_padding(actors: Actors) -> None:
     """Section 3, row 25: means over pads would change with the width of the batch."""
     sequences = tiny.rollout_of(actors, tiny.ppo_config()).experience.sequences
