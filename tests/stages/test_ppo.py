@@ -303,7 +303,7 @@ def test_models_given_as_one_object_show_up_as_a_changed_reference(tmp_path: Pat
 def test_learning_rates_that_are_not_given(
     given: dict[str, float], wanted: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy's follows from its own size, the value model's is three times the policy's."""
+    """The policy's follows from its own size and the minibatch, the value model's is three times the policy's."""
     policy = tiny.policy_of()
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(ppo, "usual_rate", lambda *of: asked.append(of) or 1.0)
