@@ -134,7 +134,12 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
         lambda clinic: rewarded(clinic, "short", kl={"coef": 0.05}, iterations=18),  # it may stop when all responses are empty
         {"length_shrank"},
     ),
-    "a reward for one word": ("ppo", lambda clinic: rewarded(clinic, "the"), {"win_rate_low", "over_optimised", "distinct_fell"}),
+    "a reward for one word": (
+        "ppo",
+        # After 16 iterations 0.65 of SFT's distinct bigrams may be left, just where the rule begins; it depends on the processor.
+        lambda clinic: rewarded(clinic, "the", iterations=24),
+        {"win_rate_low", "over_optimised", "distinct_fell"},
+    ),
 }
 ORDER = ("any", "sft", "reward", "ppo")
 
