@@ -20,7 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ConfigFile = Annotated[Path, typer.Argument(help="the configuration, a YAML file")]
-Set = Annotated[list[str], typer.Option("--set", help="override a setting: section.key=value", default_factory=list)]
+Set = Annotated[
+    list[str], typer.Option("--set", help="override a setting: section.key=value", default_factory=list, show_default=False)
+]
 From = Annotated[str | None, typer.Option("--from", help="redo this stage and those after it")]
 
 
@@ -120,7 +122,10 @@ def doctor(
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="a prompt; may be given several times")],
-    stage: Annotated[list[str], typer.Option("--stage", help="sft, ppo or base; by default all there are", default_factory=list)],
+    stage: Annotated[
+        list[str],
+        typer.Option("--stage", help="sft, ppo or base; by default all there are", default_factory=list, show_default=False),
+    ],
     seed: Annotated[int, typer.Option(help="of the random numbers, shared by all stages")] = 0,
 ) -> None:
     """Sample responses of the run's policies side by side, with reward scores."""

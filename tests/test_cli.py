@@ -72,6 +72,7 @@ def config_file(finished_run: Path, tmp_path: Path) -> Path:
 def test_help_of_each_command(name: str) -> None:
     result = CliRunner().invoke(cli.app, [name, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
+    assert "<class" not in result.output  # a default that only Python understands
 
 
 def test_the_list_of_commands_is_complete() -> None:
