@@ -35,13 +35,13 @@ MAX_PROMPT = 32
 Point = tuple[float, float, float]  # seconds, score, KL
 
 
-def write_prompts(source: str, policy: str, target: Path) -> None:
+def write_prompts(source: str, policy: str, target: Path, count: int) -> None:
     tokenizer = load_tokenizer(policy)
     template = Template(tokenizer, max_prompt_length=MAX_PROMPT)
     train, held_out = split(read_prompts(source))
     ids = {
         name: [list(template.prompt_ids(record.prompt).ids) for record in part]
-        for name, part in (("train", train), ("held_out", held_out[:256]))
+        for name, part in (("train", train), ("held_out", held_out[:count]))
     }
     target.write_text(json.dumps(ids))
 
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=10, help="seconds of training between two policies that are judged")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--held-out", type=int, default=256, help="held-out prompts, at most, that policies are judged on")
     parser.add_argument("--ours", default="{}")
     parser.add_argument("--peer", default="{}")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tercet-learning")
@@ -129,7 +130,7 @@ def main() -> None:
     for seed in options.seeds:
         folder = options.folder / f"seed-{seed}"
         folder.mkdir(parents=True)
-        write_prompts(options.prompts, options.policy, folder / "prompts.json")
+        write_prompts(options.prompts, options.policy, folder / "prompts.json", options.held_out)
         train(options, folder, seed)
         held_out = json.loads((folder / "prompts.json").read_text())["held_out"]
         judge = Judge(options.policy, options.reward, held_out, options.new_tokens)

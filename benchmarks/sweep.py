@@ -1,9 +1,10 @@
 """Does the cost of a token stay the same? One PPO iteration over response length, batch and vocabulary, in seconds per response token.
 
-    python benchmarks/sweep.py
+    python benchmarks/sweep.py [--workload gpt2@epochs=1] [--axes batch vocabulary]
 
-GPT-2 of 4 layers x 256, batch 64, 64 new tokens, vocabulary 8,192, one epoch; one of the three is changed at a time. Each value's figure is
-the median of three iterations after a first one; "times the least" compares the values of one row. Run it on an idle machine.
+The workload's own sizes (small: GPT-2 of 4 layers x 256, batch 64, 64 new tokens, vocabulary 8,192, one epoch), of which one is changed at a
+time. Each value's figure is the median of three iterations after a first one; "times the least" compares the values of one row. Run it on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -37,19 +38,22 @@ def weights_of(name: str) -> int:
     """Weights that a response token is multiplied with, by policy and reference (with the head), reward and value model (without)."""
     workload = workload_of(name)
     trunk, head = 12 * workload.layers * workload.width**2, workload.vocabulary * workload.width
-    # Sampling; forward passes, three of policy or reference and three of the others; two backward passes of twice the arithmetic.
-    return trunk * (1 + 3 + 3 + 2 * 2) + head * (1 + 3 + 2)
+    # Sampling; scoring by four models, two of them with a head; an epoch's forward and backward passes of two models, one with a head.
+    return trunk * (1 + 4 + 6 * workload.epochs) + head * (1 + 2 + 3 * workload.epochs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", default="small", help="one of workloads.py, or a changed one")
+    parser.add_argument("--axes", nargs="*", default=list(AXES), choices=list(AXES))
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for axis, values in AXES.items():
-            found = [measure(f"small@{axis}={value}", Path(folder), options.dtype, options.turns) for value in values]
-            weights = [weights_of(f"small@{axis}={value}") for value in values]
+        for axis, values in ((axis, AXES[axis]) for axis in options.axes):
+            names = [f"{options.workload}@{axis}={value}" for value in values]
+            found = [measure(name, Path(folder), options.dtype, options.turns) for name in names]
+            weights = [weights_of(name) for name in names]
             least = min(seconds for seconds, _ in found)
             print(f"\n| {axis} | ms a token | times the least | arithmetic, times the least | peak GiB |\n|---|---|---|---|---|")
             for value, count, (seconds, peak) in zip(values, weights, found):

@@ -183,7 +183,7 @@ class Pipeline:
         from tercet.models.load import count_parameters
         from tercet.report.live import Watch
         from tercet.runtime.distributed import World
-        from tercet.runtime.machine import resolve
+        from tercet.runtime.machine import TINY_MODEL, own_cores, resolve
         from tercet.runtime.progress import console
 
         base = self._base
@@ -204,6 +204,10 @@ class Pipeline:
                 chosen["ppo.learning_rate"] = f"{usual_rate(parameters, self.config.ppo.minibatch):.2g}"
             shown = "  ".join(f"{key} {value}" for key, value in chosen.items())
             console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {shown}")
+            if settings.threads == "auto" and 1 < (cores := len(own_cores())) != machine.threads and parameters >= TINY_MODEL:
+                console.print(
+                    f"{cores - machine.threads} of {cores} cores are busy with other work and left to it; machine.threads: {cores} takes all"
+                )
         return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables, Watch)
 
     def _to_do(self, chosen: Sequence[str], redo: Sequence[str], prints: Mapping[str, Any]) -> list[str]:

@@ -115,6 +115,23 @@ class TestAFinishedRun:
         assert {k: v for k, v in files(run_copy).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
         assert result.summary["win_rate"] == json.loads(before["summary.json"])["win_rate"]
 
+    @pytest.mark.parametrize(("idle", "told"), [(1.2, True), (2.9, False)])
+    def test_cores_that_are_left_to_other_work_are_named(
+        self,
+        idle: float,
+        told: bool,
+        settings: dict[str, Any],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("tercet.runtime.machine.TINY_MODEL", 0)
+        monkeypatch.setattr("tercet.runtime.machine.own_cores", lambda: [0, 1, 2])
+        monkeypatch.setattr("tercet.runtime.machine._look", lambda cores, seconds: idle)
+        monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+        run(changed(settings, machine={"threads": "auto"}), ["pretrain"])
+        said = "2 of 3 cores are busy with other work" in " ".join(capsys.readouterr().err.split())
+        assert said is told
+
     def test_it_may_be_moved(self, finished_run: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
         moved = shutil.copytree(finished_run, tmp_path / "elsewhere/else")
         assert run({**settings, "output": str(moved)}).folder == moved

@@ -65,7 +65,7 @@ class MachineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "of matrix products; master weights, losses and log-probabilities are never below float32"
     )
-    threads: Literal["auto"] | Count = setting("auto", "CPU threads of this process")
+    threads: Literal["auto"] | Count = setting("auto", "CPU threads of this process; auto: as many as cores have nothing to do")
     microbatch_tokens: Literal["auto"] | Count = setting(
         "auto", "tokens per forward, padding counted; lower it when memory runs out"
     )

@@ -110,6 +110,10 @@ class PPOConfig(Section):
         """Responses per optimizer step."""
         return self.minibatch_size or self.rollout_batch_size
 
+    def policy_learns(self, iteration: int) -> bool:
+        """Whether the policy learns in this iteration, counted from 0; the value model always does."""
+        return iteration >= self.value_warmup_iterations
+
     @model_validator(mode="after")
     def _fits(self) -> PPOConfig:
         if self.rollout_batch_size % self.minibatch:

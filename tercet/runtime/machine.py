@@ -19,7 +19,7 @@ from tercet.errors import TercetError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # Below this many parameters a matrix product is so small that casting to bfloat16 costs more than it saves.
 _BFLOAT16_PARAMETERS = 300_000
-_TINY_MODEL, _SMALL_MODEL = 300_000, 20_000_000
+TINY_MODEL, _SMALL_MODEL = 300_000, 20_000_000
 
 
 @dataclass(frozen=True)
@@ -179,23 +179,32 @@ def _fastest_dtype(device: torch.device, parameters: int) -> torch.dtype:
 
 
 def _threads(parameters: int) -> int:
-    # A small model's matrices are too small to share, and threads that spin cost dearly when other work runs beside.
-    if parameters < _TINY_MODEL:
-        return 1
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    return len(cores) if parameters >= _SMALL_MODEL else max(1, round(_idle_cores(cores)))
+    # A tiny model's matrices are too small to share. A thread that shares its core with other work lets all the others wait: an iteration
+    # of GPT-2 took 41 s on two threads beside one busy process, 23 on one (12 on two alone).
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1 if parameters < TINY_MODEL else max(1, round(_idle_cores(own_cores()) / ranks))
+
+
+def own_cores() -> list[int]:
+    """The processor's cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _idle_cores(cores: list[int]) -> float:
-    """How many of the cores have nothing to do just now: a look of a fifth of a second, and the last minute's load where there is
-    no /proc/stat. (The load alone counts what has ended: after a busy minute one thread was chosen on an idle machine.)"""
+    """How many of the cores have nothing to do just now: the best of three looks of a fifth of a second, so that what ends soon does not
+    count; or the last minute's load where there is no /proc/stat. (The load counts what has ended: after a busy minute one thread was
+    chosen on an idle machine.)"""
     try:
-        before = _idle_ticks(cores)
-        time.sleep(0.2)
-        found = (_idle_ticks(cores) - before) / os.sysconf("SC_CLK_TCK") / 0.2
+        found = max(_look(cores, 0.2) for _ in range(3))
     except (OSError, ValueError, KeyError, IndexError):
         found = len(cores) - (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0)
     return min(found, float(len(cores)))
+
+
+def _look(cores: list[int], seconds: float) -> float:
+    before = _idle_ticks(cores)
+    time.sleep(seconds)
+    return (_idle_ticks(cores) - before) / os.sysconf("SC_CLK_TCK") / seconds
 
 
 def _idle_ticks(cores: list[int]) -> int:

@@ -200,7 +200,7 @@ def _rates(config: PPOConfig, iteration: int, model: Policy) -> tuple[float | No
         learning_rate(iteration, config.iterations, base, config.schedule, config.warmup_iterations, min_ratio=0.1)
         for base in (first, value_first)
     )
-    return (policy if iteration >= config.value_warmup_iterations else None), value
+    return (policy if config.policy_learns(iteration) else None), value
 
 
 def _speeds(

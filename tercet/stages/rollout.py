@@ -104,7 +104,7 @@ def collect(
     with stopwatch.phase("score"):
         texts = prompts.texts_of(sequences, rows)
         raw_scores = actors.scorer.score(sequences, texts)
-        one_step = config.minibatch == config.rollout_batch_size and iteration >= config.value_warmup_iterations
+        one_step = config.minibatch == config.rollout_batch_size and config.policy_learns(iteration)
         read_logprobs, entropy, ref_logprobs, values = read(
             actors, sequences, config.temperature, max_tokens, keep_graph=one_step
         )

@@ -339,8 +339,8 @@ ROLLOUT: list[Row] = [
     ),
     (
         "the graph of all rows is kept for one of several minibatches",
-        "config.minibatch == config.rollout_batch_size and iteration",
-        "iteration",
+        "config.minibatch == config.rollout_batch_size and config.policy_learns(iteration)",
+        "config.policy_learns(iteration)",
     ),
     ("the experience carries a graph", "logprobs = read_logprobs.detach()", "logprobs = read_logprobs"),
     ("KL of the reference against the policy", "kl = k1(logprobs, ref_logprobs)", "kl = k1(ref_logprobs, logprobs)"),

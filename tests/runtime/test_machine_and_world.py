@@ -47,6 +47,22 @@ def test_a_tiny_model_computes_in_float32_on_one_thread() -> None:
     assert (chosen.dtype, chosen.threads) == (torch.float32, 1)
 
 
+@pytest.mark.parametrize("parameters", [1_000_000, 10**9])
+@pytest.mark.parametrize(
+    ("looks", "ranks", "wanted"),
+    [([1.1, 0.9, 0.2], 1, 1), ([0.3, 1.6, 0.9], 1, 2), ([0.0] * 3, 1, 1), ([8.0] * 3, 1, 8), ([8.0] * 3, 4, 2)],
+)
+def test_threads_are_as_many_as_cores_have_nothing_to_do(
+    parameters: int, looks: list[float], ranks: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of three looks, shared with the other ranks of this machine."""
+    seen = iter(looks)
+    monkeypatch.setattr("tercet.runtime.machine._look", lambda cores, seconds: next(seen))
+    monkeypatch.setattr("tercet.runtime.machine.own_cores", lambda: list(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert resolve("cpu", "float32", "auto", 512, parameters).threads == wanted
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", "nonsense"])
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(TercetError, match=r"machine\.device.*cannot be used here.*try auto"):
