@@ -35,7 +35,8 @@ def main(folder: Path, settings: dict[str, object]) -> None:
     rows = json.loads((folder / "prompts.json").read_text())["train"]
     prompts = PromptSet(rows, [str(i) for i in range(len(rows))], [{}] * len(rows), lambda ids: str(tokenizer.decode(ids)))
     config = PPOConfig(**{"iterations": 10**4, "save_rollouts_every": 0, "evaluate_every": 1, **settings["ours"]})  # type: ignore[dict-item]
-    generator = NativeGenerator(policy, stop_ids=[int(tokenizer.eos_token_id)], max_new_tokens=config.max_new_tokens)
+    stop_ids, count, temperature = [int(tokenizer.eos_token_id)], config.max_new_tokens, config.temperature
+    generator = NativeGenerator(policy, stop_ids=stop_ids, max_new_tokens=count, temperature=temperature)
     actors = Actors(policy, reference, value_model, generator, RewardModelScorer(reward, microbatches, machine.microbatch_tokens))
     run = StageRun("ppo", Path(tempfile.mkdtemp()), World(), machine, 10**9, 1, counter="iteration")
     stations = Stations(folder / "ours", float(settings["every"]), float(settings["seconds"]))  # type: ignore[arg-type, call-overload]

@@ -50,6 +50,8 @@ def fingerprints(
                 data[key] = contents(flat[key])
             else:
                 settings[key] = _named(flat[key], key, data, folders) if _under(key, _PATHS) else flat[key]
+        if stage in ("pretrain", "sft") and config.ppo.stop:
+            settings["ppo.stop"] = config.ppo.stop  # special tokens among them end the texts of these stages too
         if flat["machine.dtype"] == "auto":
             settings.pop("machine.dtype", None)
         if reward_callables and stage in ("ppo", "evaluate"):

@@ -211,6 +211,11 @@ MODELS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
     "reward model: several labels": (_of(lambda: classifier("gpt2", num_labels=3), bpe_tokenizer), USE, ["3 labels"]),
     "reward model: an encoder": (_encoder(), USE, ["does not read its score at the last token"]),
     "reward model: vocabulary too small": (_of(lambda: classifier("gpt2", 40)), USE, ["only 40"]),
+    "reward model: fewer rows than the model can sample": (
+        _of(lambda: classifier("gpt2", 288), bpe_tokenizer),
+        {"model": {"name": "PADDED"}, **USE},
+        ["288 embedding rows", "the model has 304", "resize_token_embeddings(304)"],
+    ),
     "reward model: other ids": (_of(lambda: classifier("gpt2", 300), word_tokenizer), USE, ["other ids"]),
     "reward model: weights cut off": (
         lambda folder: (write_checkpoint(folder, classifier("gpt2"), bpe_tokenizer()), _cut(folder)),
@@ -235,7 +240,10 @@ MODELS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
 def test_wrong_models(case: str, good: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
     make, changes, needed = MODELS[case]
     make(tmp_path / "wrong")
-    changes = json.loads(json.dumps(changes).replace("WRONG", str(tmp_path / "wrong")))
+    write_checkpoint(tmp_path / "padded", causal_lm("gpt2", 304), bpe_tokenizer())
+    changes = json.loads(
+        json.dumps(changes).replace("WRONG", str(tmp_path / "wrong")).replace("PADDED", str(tmp_path / "padded"))
+    )
     message = refused(write(tmp_path, {**good, **{name: {**good.get(name, {}), **section} for name, section in changes.items()}}))
     assert [part for part in needed if part not in message] == [], message
     assert str(tmp_path / "wrong") in message or "the model has" in message, message

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.algo.masks import at_least_float32
-from tercet.algo.products import by_rows, pieces, product_dtype
+from tercet.algo.products import by_rows, head_centre, head_rows, pieces, product_dtype
 
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
@@ -142,13 +142,19 @@ class _Kept:
 
 
 class _Head:
-    """An output layer a chunk of the vocabulary at a time, multiplied in autocast's precision; logits are divided by the temperature."""
+    """An output layer a chunk of the vocabulary at a time, multiplied in autocast's precision, there without what its rows have in
+    common; logits are divided by the temperature."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, width: int):
         self.dtype = product_dtype(weight)
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.centre = head_centre(weight, self.dtype)
         self.temperature = temperature
         self.spans = [slice(start, start + width) for start in range(0, len(weight), width)]
+
+    def rows(self, span: slice) -> Tensor:
+        """A chunk of the weight as it is multiplied."""
+        return head_rows(self.weight[span], self.dtype, self.centre)
 
     def product(self, states: Tensor, weight: Tensor, span: slice) -> Tensor:
         """A chunk's logits before the temperature, in the products' precision."""
@@ -160,7 +166,7 @@ class _Head:
         picked = torch.zeros_like(at_least_float32(states[:, 0]))
         parts: list[tuple[Tensor, Tensor]] = []
         for span in self.spans:
-            product = self.product(states, self.weight[span].to(self.dtype), span)
+            product = self.product(states, self.rows(span), span)
             kept.offer(product)
             rows, columns = _inside(targets, span)
             picked[rows] = self._logits(product[rows, columns])
@@ -194,7 +200,7 @@ class _Head:
         inputs, scaled = states.to(self.dtype), (states * scale[:, None]).to(self.dtype)
         for_states = torch.zeros_like(at_least_float32(states))
         for span in self.spans:
-            weight = self.weight[span].to(self.dtype)
+            weight = self.rows(span)
             product = next(kept, None)
             if product is None:
                 product = self.product(inputs, weight, span)

@@ -15,6 +15,25 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
+def head_centre(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What the rows of an output layer (V, D) have in common, (D,), to be left out of products in half precision; else None.
+
+    It adds one number to all logits of a token, which no softmax sees, but GPT-2's are around -100, where bfloat16 numbers are half a
+    nat apart. Any vector would do: the mean of some thousand rows is near enough. Of rounded rows, so that a frozen copy of the
+    layer, which holds those alone, gives the same bits.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    rows = weight.detach()[:: -(-len(weight) // 4096)].to(dtype)
+    return rows.float().mean(0).to(dtype)
+
+
+def head_rows(weight: Tensor, dtype: torch.dtype, centre: Tensor | None) -> Tensor:
+    """Rows of an output layer as products in `dtype` take them."""
+    rows = weight.to(dtype)
+    return rows if centre is None else rows - centre
+
+
 def onednn_computes(x: Tensor) -> bool:
     """Whether oneDNN has kernels for numbers such as those of x, where they are: for bfloat16 not on every processor."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]

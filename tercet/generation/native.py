@@ -40,8 +40,8 @@ class NativeGenerator:
         self._policy = policy
         self._takes_positions = "position_ids" in inspect.signature(policy.model.forward).parameters
         self._packs_prompts = policy.sees_all and not policy.own_logits
-        self._stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=policy.device)
-        self._stop_texts = stop_texts or []
+        self.stop_ids, self.stop_texts = stop_ids, stop_texts or []
+        self._stops = torch.tensor(stop_ids, dtype=torch.long, device=policy.device)
         self._decode = decode
         self._max_new_tokens = max_new_tokens
         self._temperature = temperature
@@ -68,7 +68,8 @@ class NativeGenerator:
         logprobs = torch.zeros(len(prompts), steps, dtype=wide, device=device)
         lengths = torch.zeros_like(rows)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        with packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype):
+        head = None if self._policy.own_logits else self._policy.head
+        with packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype, head):
             for step in range(steps if prompts else 0):  # a rank of many may have no rows
                 if step == 0:
                     logits = self._first_logits(inputs, prompt_mask, positions, cache)
@@ -125,16 +126,16 @@ class NativeGenerator:
     def _ended(self, tokens: Tensor, responses: Tensor, rows: Tensor, step: int) -> Tensor:
         if step < self._truncate_after:
             return torch.zeros_like(tokens, dtype=torch.bool)
-        ended = torch.isin(tokens, self._stop_ids)
-        if self._stop_texts:
+        ended = torch.isin(tokens, self._stops)
+        if self.stop_texts:
             # A text may be split into tokens in many ways, so the end of the decoded response is looked at, not ids.
             assert self._decode is not None
-            longest = max(len(text.encode()) for text in self._stop_texts)
+            longest = max(len(text.encode()) for text in self.stop_texts)
             tails = responses[rows, max(0, step + 1 - longest) : step + 1].tolist()
             before = [tail[:-1] for tail in tails]
             for place, (tail, shorter) in enumerate(zip(tails, before)):
                 text, earlier = self._decode(tail), self._decode(shorter)
-                if any(text.count(stop) > earlier.count(stop) for stop in self._stop_texts):
+                if any(text.count(stop) > earlier.count(stop) for stop in self.stop_texts):
                     ended[place] = True
         return ended
 

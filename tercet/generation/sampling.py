@@ -33,10 +33,12 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
     float32 or wider. Two levels: sums of 256 tokens in the logits' own precision, then everything in float64, so that the tail of a
     vocabulary of 150,000 keeps its mass. As many rows at a time as stay in a processor's cache.
     """
+    home = logits.device
+    logits = logits.cpu() if home.type == "mps" else logits  # which has no float64
     parts = pieces(logits, logits)
     numbers = [None] * len(parts) if uniform is None else pieces(uniform, logits)
     drawn = [_draw(part, number, temperature) for part, number in zip(parts, numbers)]
-    return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
+    return torch.cat([tokens for tokens, _ in drawn]).to(home), torch.cat([logprobs for _, logprobs in drawn]).to(home)
 
 
 def _draw(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:

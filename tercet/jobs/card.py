@@ -179,7 +179,7 @@ def _scores(shop: Workshop, model: ScoreModel, sequences: Sequences | None) -> l
     scores = torch.zeros(0 if sequences is None else len(sequences), dtype=torch.float64)
     for part in microbatches([] if sequences is None else sequences.lengths.tolist(), shop.machine.microbatch_tokens):
         assert sequences is not None
-        scores[part] = model(sequences.select(part).to(model.device)).double().cpu()
+        scores[part] = model(sequences.select(part).to(model.device)).cpu().double()
     return scores.tolist()
 
 

@@ -18,6 +18,7 @@ from tercet.config import Config
 from tercet.data.records import judge_split, split
 from tercet.data.template import Template
 from tercet.jobs.memory import GIB, Need, Shape, load_of, needs
+from tercet.models.load import special_tokens
 from tercet.runtime.machine import Machine, free_memory
 from tercet.types import Comparison, Demonstration
 
@@ -119,7 +120,7 @@ def _tokenizer(template: Template) -> Iterator[Check]:
     yield Check("ok", f"template {template.kind}; {bos}; responses end at {stops}; pads are never read, whatever token they are")
     if template.kind == "chat":
         row = template.encode("a", "b").row
-        special = set(tokenizer.all_special_ids) - template.stop_ids
+        special = set(special_tokens(tokenizer).values()) - template.stop_ids
         stray = [tokenizer.convert_ids_to_tokens(i) for i in row.ids[row.prompt_len : -1] if i in special]
         if stray:
             yield Check(

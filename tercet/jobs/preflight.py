@@ -17,6 +17,7 @@ from tercet.models.load import (
     check_vocabulary,
     context_length,
     count_parameters,
+    embedding_rows,
     load_causal_lm,
     load_classifier,
     load_tokenizer,
@@ -105,13 +106,15 @@ def check_models(config: Config, stages: Sequence[str], base: str | None, record
     trust = config.model.trust_remote_code
     count_parameters(base, trust)  # an explained error where the configuration cannot be read
     tokenizer = load_tokenizer(base, trust_remote_code=trust)
-    if config.model.name is not None:  # a scratch model was made here
-        check_vocabulary(load_causal_lm(base, trust_remote_code=trust), tokenizer, base)
-    template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_token_ids(base, tokenizer))
+    model = load_causal_lm(base, trust_remote_code=trust)
+    check_vocabulary(model, tokenizer, base)
+    stop_ids = stop_token_ids(base, tokenizer, config.ppo.stop)
+    template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_ids)
     _check_turns(template, records)
     _check_lengths(config, template, base, records)
     if "ppo" in stages or "evaluate" in stages:
-        _check_foreign(config, tokenizer, any(not isinstance(record.prompt, str) for record in records.get("ppo", ())))
+        conversing = any(not isinstance(record.prompt, str) for record in records.get("ppo", ()))
+        _check_foreign(config, tokenizer, embedding_rows(model), conversing)
 
 
 def _check_classifier_exists(config: Config, stages: Sequence[str]) -> None:
@@ -199,14 +202,19 @@ def _check_lengths(config: Config, template: Template, base: str, records: Recor
         check_room(config, positions, "the model")
 
 
-def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, conversations: bool) -> None:
-    """Checkpoints that the configuration names beside the model."""
+def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int, conversations: bool) -> None:
+    """Checkpoints that the configuration names beside the model, which has `rows` embedding rows."""
     trust, terms = config.model.trust_remote_code, list(_terms(config))
     scorers = [config.reward.use if any(term.kind == "stage" for term in terms) else None, config.ppo.value_model]
     for source in scorers:
         if source is not None:
             scorer = ScoreModel(load_classifier(source, trust_remote_code=trust))
             check_vocabulary(scorer.model, tokenizer, source)
+            if embedding_rows(scorer.model) < rows:
+                raise TercetError(
+                    f"{source}: it has {embedding_rows(scorer.model)} embedding rows, but the model has {rows} and can sample each of them: "
+                    f"give it as many with resize_token_embeddings({rows}), and save it"
+                )
             _check_same_ids(source, tokenizer, trust)
     for source in (config.ppo.policy, *config.evaluation.policies.values()):
         if source is not None:

@@ -28,6 +28,7 @@ from tercet.models.load import (
     load_tokenizer,
     save_classifier,
     save_policy,
+    special_tokens,
     stop_token_ids,
 )
 from tercet.models.roles import Policy, ScoreModel
@@ -90,7 +91,7 @@ class Workshop:
 
     @cached_property
     def template(self) -> Template:
-        stop_ids = stop_token_ids(self.base, self.tokenizer)
+        stop_ids = stop_token_ids(self.base, self.tokenizer, self.config.ppo.stop)
         return Template(self.tokenizer, self.config.model.template, self.config.data.max_prompt_length, stop_ids=stop_ids)
 
     def backbone(self, source: str) -> Backbone:
@@ -145,10 +146,10 @@ class Workshop:
         config = self.config.ppo
         check_room(self.config, context_length(policy.model), "the model")
         # A special token has no text; every other stop is looked for in the text, since tokens such as "end." may hold it.
-        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids))
+        special = special_tokens(self.tokenizer)
         return NativeGenerator(
             policy,
-            stop_ids=sorted({*self.template.stop_ids, *(special[text] for text in config.stop if text in special)}),
+            stop_ids=sorted(self.template.stop_ids),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             truncate_after=config.truncate_after,
@@ -189,7 +190,7 @@ class Workshop:
             return FunctionScorer(load_function(term.function), name=term.function, timeout=term.timeout)
         assert term.model is not None
         trust = self.config.model.trust_remote_code
-        model = load_classifier(term.model, trust_remote_code=trust)
+        model = nn.Module.to(load_classifier(term.model, trust_remote_code=trust), self.machine.device)
         return ClassifierScorer(
             model, load_tokenizer(term.model, trust_remote_code=trust, needs_eos=False), label=term.label, name=term.model
         )

@@ -119,14 +119,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
 
 
-def stop_token_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS and the list in the checkpoint's generation_config.json."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens that are no text: those with a role, and those that tokenizer.json alone calls special."""
+    added = {str(token): place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)) | added
+
+
+def stop_token_ids(source: str, tokenizer: PreTrainedTokenizerBase, stops: Iterable[str] = ()) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS, the list in the checkpoint's generation_config.json, and what of `stops`
+    (ppo.stop) are special tokens."""
     try:
         listed = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:
         listed = None
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
-    return sorted({tokenizer.eos_token_id, *listed})
+    special = special_tokens(tokenizer)
+    return sorted({tokenizer.eos_token_id, *listed, *(special[text] for text in stops if text in special)})
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:

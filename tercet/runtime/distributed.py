@@ -30,7 +30,9 @@ class World:
             return World()
         if not dist.is_initialized():
             on_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-            dist.init_process_group("nccl" if on_cuda else "gloo")
+            if on_cuda:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what "cuda" means in this process
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")  # counts and lists are on the CPU
             atexit.register(_leave)
         return World(dist.get_rank(), dist.get_world_size())
 

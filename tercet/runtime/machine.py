@@ -94,20 +94,21 @@ def _keep_freed_memory() -> None:
 
 
 @functools.cache
-def measured_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of matrix products in `dtype` on this process's threads and device, measured once (0.2 s).
+def measured_rate(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations a second of matrix products in `dtype` on this process's threads, or on a device of another type,
+    measured once (0.2 s).
 
     The best of several products of two sizes, a multiply and an add counted as two. (Of 1,024 x 1,024 x 1,024 in bfloat16 oneDNN gave
     two threads no more than one, 1.5 TFLOP/s; of 2,048 x 2,048 x 2,048 2.4.)
     """
-    device, sizes = ("cuda", (4096, 8192)) if torch.cuda.is_available() else ("cpu", (1024, 2048))
+    sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
     best = 0.0
     for size in sizes:
         left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
         until = time.perf_counter() + 0.1
         while (start := time.perf_counter()) < until:
             product = left @ right
-            if device == "cuda":
+            if device != "cpu":
                 product[0, 0].item()
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
@@ -173,7 +174,7 @@ def _device(name: str) -> torch.device:
 
 def _fastest_dtype(device: torch.device, parameters: int) -> torch.dtype:
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     computes = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if computes and parameters >= _BFLOAT16_PARAMETERS else torch.float32
 

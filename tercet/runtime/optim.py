@@ -23,6 +23,7 @@ class Optimizer:
         self._max_grad_norm = max_grad_norm
         self._world = world
         fused = all(p.device.type in ("cpu", "cuda") for p in self._named.values())
+        self._counts_there = fused  # the kernel wants its count of steps where the parameters are
         self._divides = fused and all(p.dtype is torch.float32 for p in self._named.values())
         self._adam = torch.optim.AdamW(
             self._named.values(),
@@ -71,7 +72,8 @@ class Optimizer:
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
             parameter = self._named[name]
-            self._adam.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            stays = key == "step" and not self._counts_there
+            self._adam.state[parameter][key] = value if stays else value.to(parameter.device)
 
     def _clip(self, norm: Tensor) -> None:
         """Scale gradients down to the largest norm allowed: the fused AdamW divides as it reads, which saves a pass over memory."""

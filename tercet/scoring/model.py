@@ -62,7 +62,7 @@ class ClassifierScorer:
             model.config.pad_token_id = tokenizer.pad_token_id
         self._offset = float(getattr(model.config, "score_offset", 0.0))
         tokenizer.truncation_side = "left"
-        longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
+        longest = min(tokenizer.model_max_length, _positions(model))
         self._max_length = longest if longest < 10**9 else None
 
     @torch.no_grad()
@@ -95,6 +95,17 @@ class ClassifierScorer:
             )
         turns = [*(dict(vars(turn)) for turn in prompt), {"role": "assistant", "content": response}]
         return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Tokens that a text may have. RoBERTa and its like count positions from one beyond the pad's id: 512 of their 514 are left."""
+    found: int = getattr(model.config, "max_position_embeddings", None) or 10**9
+    pads = (
+        part.padding_idx
+        for name, part in model.named_modules()
+        if name.endswith("position_embeddings") and hasattr(part, "padding_idx")
+    )
+    return found - max((int(pad) + 1 for pad in pads if pad is not None), default=0)
 
 
 def _label_index(model: PreTrainedModel, label: int | str | None, name: str) -> int:

@@ -18,7 +18,7 @@ from tercet.models.roles import Policy
 from tercet.runtime.checkpoint import Checkpoint
 from tercet.runtime.distributed import World
 from tercet.runtime.interrupted import Interrupted
-from tercet.runtime.machine import measured_rate, release_free_memory
+from tercet.runtime.machine import Machine, measured_rate, release_free_memory
 from tercet.runtime.metrics import Stopwatch
 from tercet.runtime.optim import Optimizer
 from tercet.runtime.stage import StageRun
@@ -72,7 +72,7 @@ def train_ppo(
                 check_rollout(rollout, config, run)
                 if iteration == 0:
                     logit = _largest_logit(actors.policy, prompts.ids[0])
-                    check_first_rollout(rollout, run.machine.dtype, logit, second_round=second_round)
+                    check_first_rollout(rollout, config, run.machine.dtype, logit, second_round=second_round)
             state.boundary(iteration, rollout, progress)
             rates = _rates(config, iteration, actors.policy)
             trainables = Trainables(actors.policy, actors.value_model, policy_optimizer, value_optimizer, *rates)
@@ -98,9 +98,7 @@ def train_ppo(
                     metrics |= evaluate(iteration + 1)
             if run.world.is_main and config.save_rollouts_every and (last or iteration % config.save_rollouts_every == 0):
                 rollouts.append(*rollout.samples)
-            run.log(
-                metrics, {**stopwatch.seconds, **_speeds(stopwatch, rollout, trainables, config, progress, run.machine.dtype)}
-            )
+            run.log(metrics, {**stopwatch.seconds, **_speeds(stopwatch, rollout, trainables, config, progress, run.machine)})
             bar.advance(score=metrics["score"], KL=metrics["kl"], length=metrics["length"], EOS=metrics["finished"])
             _stop_if_broken(metrics, run)
             rollout, progress = None, UpdateProgress()
@@ -116,21 +114,25 @@ def kl_controller(config: KLConfig) -> FixedKL:
     return AdaptiveKL(config.coef, config.target, config.horizon) if config.controller == "adaptive" else FixedKL(config.coef)
 
 
-def check_first_rollout(rollout: Rollout, dtype: torch.dtype, largest_logit: float, *, second_round: bool) -> None:
+def check_first_rollout(
+    rollout: Rollout, config: PPOConfig, dtype: torch.dtype, largest_logit: float, *, second_round: bool
+) -> None:
     """What must hold before the first update, whatever the model: else every later number would be wrong.
 
     The policy is the reference, so the KL is 0; the generator's log-probabilities are those of the training forward, up to the
-    rounding of logits of this size (GPT-2's are around -100; docs/decisions.md has the gaps that were measured).
+    rounding of logits of this size (GPT-2's are around -100; docs/decisions.md has the gaps that were measured), by the temperature.
     """
     experience = rollout.experience
-    difference = (experience.logprobs - experience.ref_logprobs).abs().max().item()
+    differences = (experience.logprobs - experience.ref_logprobs).abs()
+    difference = differences.max().item() if differences.numel() else 0.0  # a rank of many may have no rows
     if difference > {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 1e-5) and not second_round:
         raise TercetError(
             f"before the first update the policy and the reference differ by up to {difference:.2g} nats a token, but they should be the "
             "same model: load both from one checkpoint, with dropout 0; for a second round set ppo.policy"
         )
-    gap, rounding = rollout.metrics["sampler_logprob_gap"], 32 * torch.finfo(dtype).eps * largest_logit
-    limit = {torch.float64: max(1e-10, rounding), torch.float32: max(1e-5, rounding)}.get(dtype, 0.5)
+    gap, rounding = rollout.metrics["sampler_logprob_gap"], 32 * torch.finfo(dtype).eps * largest_logit / config.temperature
+    half = max(0.5, 0.5 / config.temperature)  # whatever the logits' size: what they have in common is left out (head_centre)
+    limit = {torch.float64: max(1e-10, rounding), torch.float32: max(1e-5, rounding)}.get(dtype, half)
     if not gap <= limit:  # NaN is no agreement either
         raise TercetError(
             f"the generator's log-probabilities differ from the training forward's by up to {gap:.2g} nats (at most {limit:.2g} are "
@@ -209,7 +211,7 @@ def _speeds(
     trainables: Trainables,
     config: PPOConfig,
     progress: UpdateProgress,
-    dtype: torch.dtype,
+    machine: Machine,
 ) -> dict[str, float]:
     """Tokens a second of the whole iteration, and how much of the machine's arithmetic the update got out of it."""
     first_read = rollout.first_logprobs is not None
@@ -218,7 +220,7 @@ def _speeds(
     return {
         "tokens_per_s": rollout.metrics["length"] * config.rollout_batch_size / sum(stopwatch.seconds.values()),
         "update_gflops": achieved / 1e9,
-        "update_utilisation": achieved / measured_rate(dtype),
+        "update_utilisation": achieved / measured_rate(machine.dtype, machine.device.type),
     }
 
 

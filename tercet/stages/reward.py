@@ -81,7 +81,7 @@ def train_reward_model(
         for part in microbatches_grouped([lengths[data.rows([g])[0]] for g in own], run.machine.microbatch_tokens):
             loss, correct, pairs = _losses(reward_model, data, own[part])
             (loss / count).backward()
-            sums += torch.stack([loss.detach().double().cpu(), correct, pairs])
+            sums += torch.stack([loss.detach().cpu().double(), correct, pairs])
         loss_sum, correct_sum, pair_sum = run.world.all_sum(sums).tolist()
         accuracy = correct_sum / pair_sum if pair_sum else 0.5
         return {"loss": loss_sum / count, "accuracy": accuracy, "tokens": int(lengths[rows].sum())}
@@ -128,9 +128,10 @@ def _losses(model: ScoreModel, data: RankedStore, comparisons: NDArray[np.int64]
     rows, groups = data.rows(comparisons)
     scores = model(data.store.sequences(rows).to(model.device))
     margins = data.margins[torch.from_numpy(comparisons)].to(model.device)
-    ranks, groups = data.ranks[rows].to(model.device), groups.to(model.device)
+    order = data.ranks[rows].unique(return_inverse=True)[1]  # integers: not every device has float64
+    ranks, groups = order.to(model.device), groups.to(model.device)
     loss, _, stats = ranking_loss(scores, ranks, groups, margins=margins)
-    return loss, stats["correct"].double().cpu(), stats["pairs"].double().cpu()
+    return loss, stats["correct"].cpu().double(), stats["pairs"].cpu().double()
 
 
 @torch.no_grad()
@@ -143,7 +144,7 @@ def _evaluation(run: StageRun, model: ScoreModel, data: RankedStore) -> dict[str
     sums = torch.zeros(3, dtype=torch.float64)
     for part in microbatches_grouped([lengths[data.rows([g])[0]] for g in own], run.machine.microbatch_tokens):
         loss, correct, pairs = _losses(model, data, own[part])
-        sums += torch.stack([loss.double().cpu(), correct, pairs])
+        sums += torch.stack([loss.cpu().double(), correct, pairs])
     loss_sum, correct_sum, pair_sum = run.world.all_sum(sums).tolist()
     return {"eval_loss": loss_sum / count, "eval_accuracy": correct_sum / pair_sum if pair_sum else 0.5}
 
@@ -153,7 +154,7 @@ def score_pairs(run: StageRun, model: ScoreModel, data: RankedStore) -> list[dic
     """Every held-out pair that is no tie: scores and lengths of the better and the worse response, and whether the order is right."""
     scores = torch.zeros(len(data.store), dtype=torch.float64)
     for part in microbatches(data.store.lengths, run.machine.microbatch_tokens):
-        scores[part] = model(data.store.sequences(part).to(model.device)).double().cpu()
+        scores[part] = model(data.store.sequences(part).to(model.device)).cpu().double()
     tokens, pairs = data.store.lengths - data.store.prompt_lens, []
     for comparison in range(len(data)):
         rows = range(data.starts[comparison], data.starts[comparison + 1])
@@ -188,7 +189,7 @@ def normalise(reward_model: ScoreModel, samples: Sequences, max_tokens: int) -> 
     """Give the scores of the SFT policy's samples mean 0 and standard deviation 1 (Ziegler 2019)."""
     scores = torch.zeros(len(samples), dtype=torch.float64)
     for part in microbatches(samples.lengths.tolist(), max_tokens):
-        scores[part] = reward_model(samples.select(part)).double().cpu()
+        scores[part] = reward_model(samples.select(part)).cpu().double()
     try:
         gain, bias = normalisation(scores)
     except ValueError as error:

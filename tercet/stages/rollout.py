@@ -127,7 +127,7 @@ def collect(
 
     per_response = {
         "score": raw_scores,
-        "score_squared": raw_scores.double() ** 2,
+        "score_squared": raw_scores.detach().cpu().double() ** 2,
         "reward": scores - kl_coef * sequence_kl(kl, mask),
         "kl": sequence_kl(kl, mask),
         "kl_k3": sequence_kl(k3(logprobs, ref_logprobs), mask),
@@ -182,7 +182,7 @@ def read(
 
 
 def _means(per_response: dict[str, Tensor], count: int, world: World) -> dict[str, float]:
-    sums = torch.stack([value.detach().double().cpu().sum() for value in per_response.values()])
+    sums = torch.stack([value.detach().cpu().double().sum() for value in per_response.values()])
     return dict(zip(per_response, (world.all_sum(sums) / count).tolist()))
 
 

@@ -58,7 +58,7 @@ def train_sft(
         for part in microbatches(lengths[own], run.machine.microbatch_tokens):
             value = loss(_scored(store.sequences(own[part]), loss_on).to(policy.device), count)
             value.backward()
-            total += value.detach().double().cpu()
+            total += value.detach().cpu().double()
         return {"loss": run.world.all_sum(total).item(), "tokens": int(lengths[rows].sum())}
 
     @torch.no_grad()
@@ -68,7 +68,7 @@ def train_sft(
         count, total = int(_targets(eval_store, loss_on).sum()), torch.zeros((), dtype=torch.float64)
         own = np.arange(len(eval_store))[run.world.own_rows(len(eval_store))]
         for part in microbatches(eval_store.lengths[own], run.machine.microbatch_tokens):
-            total += loss(_scored(eval_store.sequences(own[part]), loss_on).to(policy.device), count).double().cpu()
+            total += loss(_scored(eval_store.sequences(own[part]), loss_on).to(policy.device), count).cpu().double()
         return {"eval_loss": run.world.all_sum(total).item()}
 
     train(run, policy, schedule, compute, evaluate)

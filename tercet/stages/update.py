@@ -167,7 +167,7 @@ def _step(
 
 def _add(sums: dict[str, Tensor], **parts: Tensor) -> None:
     for name, value in parts.items():
-        sums[name] = sums.get(name, 0.0) + value.double().cpu()
+        sums[name] = sums.get(name, 0.0) + value.cpu().double()
 
 
 def _sum_over_ranks(sums: dict[str, Tensor], world: World) -> dict[str, float]:

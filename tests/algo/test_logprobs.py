@@ -219,6 +219,29 @@ def test_autocast_rounds_as_one_pass_does() -> None:
     assert states.grad is not None and states.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("chunk_elements", [8_000_000, 3000])
+def test_logits_around_minus_100_keep_their_digits_under_autocast(chunk_elements: int) -> None:
+    """As GPT-2's: bfloat16 numbers there are half a nat apart, but what is common to all logits is nothing to a softmax."""
+    weight, states = normal(60, 32, seed=1, dtype=torch.float32) / 6, normal(40, 32, dtype=torch.float32)
+    weight[:, 0], states[:, 0] = 1.0, -100.0
+    targets = torch.arange(40)
+
+    def found(dtype: torch.dtype) -> list[Tensor]:
+        w, x = (tensor.to(dtype, copy=True).requires_grad_() for tensor in (weight, states))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float64):
+            logprobs, entropy = token_logprobs(x, targets, w, with_entropy=True, chunk_elements=chunk_elements)
+        (logprobs * normal(40).to(logprobs)).sum().backward()
+        assert entropy is not None and x.grad is not None and w.grad is not None
+        return [tensor.detach().double() for tensor in (logprobs, entropy, x.grad[:, 1:], w.grad[:, 1:])]
+
+    half = found(torch.float32)
+    for name, one, exact in zip(("logprobs", "entropies", "states", "weight"), half, found(torch.float64)):
+        assert (one - exact).abs().max() < 0.03 * exact.abs().max(), name
+    with torch.autocast("cpu", torch.bfloat16):  # a frozen copy holds the rounded weight alone
+        frozen, _ = token_logprobs(states, targets, weight.bfloat16(), chunk_elements=chunk_elements)
+    assert torch.equal(frozen.double(), half[0])
+
+
 def test_no_tokens() -> None:
     states = normal(0, 3).requires_grad_()
     empty = torch.zeros(0, dtype=torch.long)

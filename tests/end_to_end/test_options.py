@@ -15,6 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tercet.algo.schedules import usual_rate
+from tercet.config import load_config
+from tercet.pipeline import Pipeline
+from tercet.runtime.stage import Interrupt
 from tercet.types import TercetError
 
 Lines = Callable[[Path], list[dict[str, Any]]]
@@ -109,6 +112,25 @@ class TestPPO:
         metrics, rows, _ = ppo(iterations=1, stop=["<|bos|>"])
         assert metrics[0]["finished"] > 0.5 and metrics[0]["length"] < 8
         assert all("<|bos|>" not in row["response"] for row in rows)
+
+    def test_all_stages_end_a_response_by_the_same_special_token(self, runs: Any, lines: Any) -> None:
+        """A chat template writes <|im_end|> after a response; the tokenizer's EOS is another token, and nothing but ppo.stop names it."""
+        from model_zoo import bpe_tokenizer, causal_lm, write_checkpoint
+
+        chat = (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        )
+        base = write_checkpoint(runs.folder / "base", causal_lm("gpt2"), bpe_tokenizer(chat_template=chat))
+        model = {"name": base, "template": "chat"}
+        folder = runs.run("sft", model=model, ppo={"stop": ["<|im_end|>"]})
+        assert json.loads((folder / "sft/model/generation_config.json").read_text())["eos_token_id"] == [0, 2]
+        shop = Pipeline(load_config(runs.settings(model=model, ppo={"stop": ["<|im_end|>"]}))).workshop(Interrupt())
+        assert shop.template.encode("Hi", "ok").row.ids[-1] == 2
+        generator = shop.generator(shop.load_policy(base, frozen=True))
+        assert (generator.stop_ids, generator.stop_texts) == ([0, 2], [])
+        with pytest.raises(TercetError, match=r"stage sft was finished from something else.*\n.*ppo\.stop"):
+            runs.run("sft", model=model)
 
     def test_minibatches_epochs_and_max_approx_kl(self, ppo: Any) -> None:
         wanted = {"ppo_epochs": 3, "minibatch_size": 2, "iterations": 2}

@@ -86,7 +86,8 @@ def test_the_reported_logprobs_are_the_training_forwards(architecture: str, temp
         "min_new_tokens": 5,
     }
     source = write_checkpoint(tmp_path, causal_lm(architecture), **hostile)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+    # Logits of 7 divided by 0.6: float32's rounding is up to 1.6e-5, which of several kernels a processor gets decides.
+    for dtype, tolerance in ((torch.float32, 4e-5), (torch.float64, 1e-10)):
         policy, prompts = Policy(load_causal_lm(source), dtype), some_prompts()
         if architecture == "gemma2" and dtype is torch.float64:  # its attention's softmax is float32, see the test of pads below
             prompts, tolerance = [prompt[:5] for prompt in prompts if len(prompt) >= 5], 1e-6

@@ -35,6 +35,7 @@ from tercet.models.load import (
     load_tokenizer,
     save_classifier,
     save_policy,
+    special_tokens,
     stop_token_ids,
 )
 from tercet.models.roles import ScoreModel
@@ -93,6 +94,15 @@ def test_stop_ids_are_the_tokenizers_and_the_checkpoints(tmp_path: Path) -> None
     assert stop_token_ids(one, tokenizer) == [0, 7]
     (tmp_path / "b/generation_config.json").unlink()
     assert stop_token_ids(one, tokenizer) == [0]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with a role", "special in tokenizer.json alone"])
+def test_a_stop_that_is_a_special_token_is_known_by_its_id(named: bool, tmp_path: Path) -> None:
+    tokenizer = bpe_tokenizer(**({"additional_special_tokens": ["<|im_end|>"]} if named else {}))
+    assert ("<|im_end|>" in tokenizer.all_special_tokens) is named
+    assert special_tokens(tokenizer) == {EOS: 0, "<|bos|>": 1, "<|im_end|>": 2}
+    source = write_checkpoint(tmp_path, causal_lm("gpt2"), tokenizer)
+    assert stop_token_ids(source, tokenizer, ["e", "<|im_end|>"]) == [0, 2]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

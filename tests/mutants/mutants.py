@@ -520,10 +520,16 @@ PRODUCTS: list[Row] = [
     ("the last columns are not copied", "zip(torch.split(copied, 64, dim=1),", "zip(torch.split(copied, 64, dim=1)[:-1],"),
     ("halves without the bias", "_product(part, weight, bias)", "_product(part, weight, None)"),
     ("oneDNN's reference code", "weight.is_contiguous() or weight.t().is_contiguous()", "True"),
+    ("logits are rounded where GPT-2's are", "return rows if centre is None else rows - centre", "return rows"),
     ("autocast is not looked at", "if torch.is_autocast_enabled(kind) else weight.dtype", "if False else weight.dtype"),
 ]
 
 KERNELS: list[Row] = [
+    (
+        "every packed layer loses what its rows have in common",
+        "head_centre(weight, torch.bfloat16) if centred else None",
+        "head_centre(weight, torch.bfloat16)",
+    ),
     ("GELU by its exact formula", '"gelu", [], "tanh"', '"gelu", [], "none"'),
     ("the gradient of the exact GELU", 'gelu_backward(gradients[0], x, approximate="tanh")', "gelu_backward(gradients[0], x)"),
     ("GELU of rows that lie elsewhere", "x = x.contiguous()", "pass"),
@@ -584,10 +590,22 @@ LOAD: list[Row] = [
         "saved.pad_token = saved.eos_token\n    pad_id = saved.pad_token_id",
     ),
     ("missing weights are filled with random numbers", "    names = sorted(missing)\n", "    names = sorted(missing)[:0]\n"),
-    ("the checkpoint's stop ids are forgotten", "sorted({tokenizer.eos_token_id, *listed})", "[tokenizer.eos_token_id]"),
+    (
+        "the checkpoint's stop ids are forgotten",
+        "sorted({tokenizer.eos_token_id, *listed, *",
+        "sorted({tokenizer.eos_token_id, *",
+    ),
+    ("a special token without a role is text", "if token.special}", "if not token.special}"),
+]
+
+MACHINE: list[Row] = [
+    ("busy cores are taken", "round(_idle_cores(own_cores()) / ranks)", "round(len(own_cores()) / ranks)"),
+    ("every rank takes all cores", "round(_idle_cores(own_cores()) / ranks)", "round(_idle_cores(own_cores()))"),
+    ("emulated bfloat16", "including_emulation=False", "including_emulation=True"),
 ]
 
 CLASSIFIER: list[Row] = [
+    ("RoBERTa's positions begin at 0", "int(pad) + 1 for pad", "0 for pad"),
     ("pads stand on the left", 'padding_side="right"', 'padding_side="left"'),
     ("the response is cut off", 'tokenizer.truncation_side = "left"', 'tokenizer.truncation_side = "right"'),
     ("a second BOS", "add_special_tokens=isinstance(prompt, str)", "add_special_tokens=True"),
@@ -642,9 +660,10 @@ PPO: list[Row] = [
     ("the size of the logits is forgotten", "32 * torch.finfo(dtype).eps * largest_logit", "0.0"),
     (
         "float32 may differ as much as bfloat16",
-        "torch.float32: max(1e-5, rounding)}.get(dtype, 0.5)",
-        "torch.float32: 0.5}.get(dtype, 0.5)",
+        "torch.float32: max(1e-5, rounding)}.get(dtype, half)",
+        "torch.float32: 0.5}.get(dtype, half)",
     ),
+    ("the temperature of the sampler's limit is forgotten", "* largest_logit / config.temperature", "* largest_logit"),
     ("the first minibatch is not looked at", "if (progress.steps, progress.skipped) != (1, 0):", "if progress.steps:"),
 ]
 
@@ -713,8 +732,8 @@ MUTANTS: list[Mutant] = [
         [
             (
                 "a pad id counts as the end",
-                "ended = torch.isin(tokens, self._stop_ids)",
-                "ended = torch.isin(tokens, self._stop_ids) | (tokens == 0)",
+                "ended = torch.isin(tokens, self._stops)",
+                "ended = torch.isin(tokens, self._stops) | (tokens == 0)",
             ),
         ],
     ),
@@ -760,7 +779,7 @@ MUTANTS: list[Mutant] = [
         "runtime/test_optim.py",
         [("a large embedding learns nothing", "torch.zeros_like(parameter).add_(parameter.grad)", "torch.zeros_like(parameter)")],
     ),
-    *_of("algo/products.py", "algo/test_products.py", PRODUCTS),
+    *_of("algo/products.py", "algo/test_products.py algo/test_logprobs.py", PRODUCTS),
     *_of("models/kernels.py", "models/test_kernels.py", KERNELS),
     *_of(
         "runtime/checkpoint.py",
@@ -768,6 +787,7 @@ MUTANTS: list[Mutant] = [
         [("tied tensors are saved as one", "value.clone() if memory.data_ptr() in taken or", "value.clone() if")],
     ),
     *_of("models/roles.py", "models/test_roles.py", ROLES),
+    *_of("runtime/machine.py", "runtime/test_machine_and_world.py", MACHINE),
     *_of("models/load.py", "models/test_load.py", LOAD),
     *_of("scoring/model.py", "scoring/test_model.py", CLASSIFIER),
     *_of("scoring/base.py", "scoring/test_base.py", SCORING_BASE),

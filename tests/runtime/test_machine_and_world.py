@@ -107,6 +107,35 @@ def test_nothing_below_one(threads: int, tokens: int) -> None:
         resolve("cpu", "float32", threads, tokens, 1)
 
 
+@pytest.mark.parametrize(("emulated_too", "wanted"), [(True, "bfloat16"), (False, "float32")])
+def test_a_card_that_only_emulates_bfloat16_computes_in_float32(
+    emulated_too: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or emulated_too)
+    monkeypatch.setattr("tercet.runtime.machine._device", lambda name: torch.device("cuda"))
+    assert resolve("auto", "auto", 1, 512, 10**9).dtype is getattr(torch, wanted)
+
+
+@pytest.mark.parametrize(
+    ("device", "card", "wanted"), [("auto", True, "cuda"), ("cuda", True, "cuda"), ("cpu", True, "cpu"), ("auto", False, "cpu")]
+)
+def test_ranks_on_cards_take_one_each_and_exchange_counts_on_the_cpu(
+    device: str, card: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: card)
+    monkeypatch.setattr("torch.cuda.set_device", asked.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", asked.append)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    world = World.start(device)
+    assert (world.rank, world.size) == (2, 4)
+    assert asked == ([2, "cpu:gloo,cuda:nccl"] if wanted == "cuda" else ["gloo"])
+
+
 class TestWorldOfOne:
     def test_it_is_its_own_first_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("WORLD_SIZE", raising=False)

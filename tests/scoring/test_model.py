@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import SHAPES, bert, bpe_tokenizer, classifier, ragged, word_tokenizer
+from model_zoo import SHAPES, bert, bpe_tokenizer, classifier, ragged, randomise, word_tokenizer
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tercet.models.roles import ScoreModel
 from tercet.scoring.base import Texts
@@ -86,6 +87,26 @@ def test_encoder_with_its_own_tokenizer(batch_size: int) -> None:
     scores = score(ClassifierScorer(model, tokenizer, label=None, name="clf", batch_size=batch_size))
     torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_roberta_counts_positions_from_beyond_its_pad() -> None:
+    """Its 34 positions are room for 32 tokens: pad's id is 1, and the first token has position 2."""
+    tokenizer = word_tokenizer()
+    config = AutoConfig.for_model(
+        "roberta",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=34,
+        pad_token_id=1,
+        num_labels=1,
+    )
+    model = randomise(AutoModelForSequenceClassification.from_config(config))
+    long = score(ClassifierScorer(model, tokenizer, label=None, name="clf"), ["the cloud " * 20], ["rain falls"])
+    wanted = alone(model, tokenizer, ["the cloud " * 20 + "rain falls"], truncation=True, max_length=32)
+    torch.testing.assert_close(long, wanted, rtol=0, atol=1e-5)
 
 
 def test_dropout_is_off_and_rows_can_come_in_any_order() -> None:

@@ -87,10 +87,10 @@ def test_another_temperature_in_the_generator_is_refused(tmp_path: Path) -> None
 def test_the_samplers_gap_is_bounded_by_dtype_and_by_the_size_of_the_logits() -> None:
     rollout = tiny.rollout_of(tiny.actors_of(), tiny.ppo_config())
 
-    def passes(gap: float, dtype: torch.dtype, largest_logit: float = 1.0) -> bool:
+    def passes(gap: float, dtype: torch.dtype, largest_logit: float = 1.0, temperature: float = 1.0) -> bool:
         rollout.metrics["sampler_logprob_gap"] = gap
         try:
-            check_first_rollout(rollout, dtype, largest_logit, second_round=False)
+            check_first_rollout(rollout, tiny.ppo_config(temperature=temperature), dtype, largest_logit, second_round=False)
         except TercetError:
             return False
         return True
@@ -100,6 +100,13 @@ def test_the_samplers_gap_is_bounded_by_dtype_and_by_the_size_of_the_logits() ->
     # Float32 numbers between 64 and 128 are 2**-17 apart: as many nats as that are lost, a few times over, in logits of 100.
     assert passes(16 * 2.0**-17, torch.float32, 100.0) and not passes(100 * 2.0**-17, torch.float32, 100.0)
     assert passes(0.05, torch.bfloat16, 100.0) and not passes(0.6, torch.bfloat16, 100.0)
+    # Logits are divided by the temperature, and what was lost in them with them.
+    assert passes(160 * 2.0**-17, torch.float32, 100.0, 0.1) and not passes(1000 * 2.0**-17, torch.float32, 100.0, 0.1)
+    assert (
+        passes(4.9, torch.bfloat16, 1.0, 0.1)
+        and not passes(5.1, torch.bfloat16, 1.0, 0.1)
+        and not passes(0.6, torch.bfloat16, 1.0, 2.0)
+    )
 
 
 def test_large_logits_are_no_error(tmp_path: Path) -> None:
@@ -111,6 +118,29 @@ def test_large_logits_are_no_error(tmp_path: Path) -> None:
             role.model.transformer.ln_f.bias[0] = -400.0
     train(actors, tiny.run_of(tmp_path, dtype=torch.float32), iterations=1, max_new_tokens=8, rollout_batch_size=48)
     assert 1e-5 < lines(tmp_path / "ppo/metrics.jsonl")[0]["sampler_logprob_gap"] < 1e-3
+
+
+def test_a_rank_without_rows_has_nothing_to_differ(tmp_path: Path) -> None:
+    rollout = tiny.rollout_of(tiny.actors_of(), tiny.ppo_config())
+    rollout.experience = rollout.experience.select(torch.zeros(0, dtype=torch.long))
+    check_first_rollout(rollout, tiny.ppo_config(), torch.float64, 1.0, second_round=False)
+    rollout.metrics["sampler_logprob_gap"] = 1.0  # which is of all ranks
+    with pytest.raises(TercetError, match="generator's log-probabilities differ"):
+        check_first_rollout(rollout, tiny.ppo_config(), torch.float64, 1.0, second_round=False)
+
+
+def test_gpt2s_logits_under_bfloat16(tmp_path: Path) -> None:
+    """They are around -100, where bfloat16 numbers are half a nat apart: rounded so, neither the sampler's nor the forward's
+    log-probabilities would be worth much."""
+    actors = tiny.actors_of(dtype=torch.bfloat16, steps=8)
+    for role in (actors.policy, actors.ref_policy):
+        with torch.no_grad():
+            role.model.transformer.wte.weight[:, 0] = 1.0
+            role.model.transformer.ln_f.weight[0] = 0.0
+            role.model.transformer.ln_f.bias[0] = -100.0
+    train(actors, tiny.run_of(tmp_path, dtype=torch.bfloat16), iterations=1, max_new_tokens=8, rollout_batch_size=48)
+    first = lines(tmp_path / "ppo/metrics.jsonl")[0]
+    assert first["kl"] == 0.0 and 0 < first["sampler_logprob_gap"] < 0.05
 
 
 def test_a_forward_that_does_not_repeat_is_refused_at_the_first_minibatch(tmp_path: Path) -> None:
@@ -133,10 +163,10 @@ def test_a_forward_that_does_not_repeat_is_refused_at_the_first_minibatch(tmp_pa
 
 def test_a_gap_that_is_not_a_number_is_no_agreement() -> None:
     rollout = tiny.rollout_of(tiny.actors_of(), tiny.ppo_config())
-    check_first_rollout(rollout, torch.float64, 1.0, second_round=False)
+    check_first_rollout(rollout, tiny.ppo_config(), torch.float64, 1.0, second_round=False)
     rollout.metrics["sampler_logprob_gap"] = math.nan
     with pytest.raises(TercetError, match="generator's log-probabilities differ"):
-        check_first_rollout(rollout, torch.float64, 1.0, second_round=False)
+        check_first_rollout(rollout, tiny.ppo_config(), torch.float64, 1.0, second_round=False)
 
 
 def test_the_generator_takes_over_the_weights_before_each_rollout(tmp_path: Path) -> None:
