@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
+import inspect
 import json
+import sys
+import textwrap
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +36,7 @@ _INSIDE = [f"evaluation.{name}" for name in ("prompts", "greedy", "judges", "gol
 _NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit")
 # What may be named by a path here: folders with a model, "file.py:name". Their contents count, and not where they are kept.
 _PATHS: tuple[str, ...] = ("model.name", "reward.use", "ppo.policy", "ppo.value_model", "ppo.rewards")
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 _PATHS += ("evaluation.policies", "evaluation.judges", "evaluation.gold")
 
 
@@ -55,7 +62,10 @@ def fingerprints(
         if flat["machine.dtype"] == "auto":
             settings.pop("machine.dtype", None)
         if reward_callables and stage in ("ppo", "evaluate"):
-            settings["reward function"] = [getattr(call, "__qualname__", repr(call)) for call in reward_callables]
+            data["reward function"] = {
+                f"{place + 1} {getattr(call, '__qualname__', type(call).__name__)}": digest(_what_it_does(call))
+                for place, call in enumerate(reward_callables)
+            }
         upstream = {name: digest(prints[name]) for name in stages[: stages.index(stage)]}
         prints[stage] = {"version": VERSIONS[stage], "settings": settings, "data": data, "upstream": upstream}
     return prints
@@ -90,6 +100,9 @@ def _named(value: Any, key: str, data: dict[str, Any], folders: Callable[[Path],
     if not isinstance(value, str):
         return value
     file, _, function = value.rpartition(":")
+    if not file.endswith(".py") and file and key.endswith((".function", ".gold")):
+        data[f"{key} {file}"] = _contents_of_code(_file_of_module(file))
+        return value
     if file.endswith(".py"):
         data[f"{key} {Path(file).name}"] = _contents_of_code(Path(file))
         return f"{Path(file).name}:{function}"
@@ -97,6 +110,36 @@ def _named(value: Any, key: str, data: dict[str, Any], folders: Callable[[Path],
         data[key] = folders(Path(value))
         return Path(value).name
     return value
+
+
+def _what_it_does(call: Any) -> list[Any]:
+    """A Python function as JSON: its source (its code where there is none), and what plain values are bound to it."""
+    if isinstance(call, functools.partial):
+        return ["partial", _what_it_does(call.func), _plain([call.args, call.keywords])]
+    function = getattr(call, "__func__", call)
+    if not hasattr(function, "__code__"):
+        return ["object", _what_it_does(type(call).__call__), _plain(getattr(call, "__dict__", {}))]
+    try:
+        does = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError, SyntaxError):  # typed at a prompt
+        does = _code(function.__code__)
+    bound = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    return [does, _plain([function.__defaults__, function.__kwdefaults__, bound])]
+
+
+def _code(code: types.CodeType) -> str:
+    """What a function computes, without where it was written."""
+    constants = [_code(part) if isinstance(part, types.CodeType) else repr(part) for part in code.co_consts]
+    return f"{code.co_code.hex()} {constants} {code.co_names}"
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts and containers of them; anything else by its type's name, as its text may differ from process to process."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
 def functions_of(config: Config) -> list[str]:
@@ -133,8 +176,20 @@ def _contents_of_code(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
 
 
+def _file_of_module(name: str) -> Path:
+    """The file that `import name` would read; one that is not there for what has none."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        found = None
+    finally:
+        sys.path.pop(0)
+    return Path(found.origin) if found is not None and found.origin else Path("missing.py")
+
+
 def _contents_of_folder(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES)
     prints = {}
     for path in files:
         with path.open("rb") as file:

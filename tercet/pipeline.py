@@ -35,7 +35,6 @@ class Pipeline:
         self.config = _with_earlier_choices(config)
         self.folder = Path(self.config.output)
         self._callables = tuple(reward_callables)
-        self._check_rewards()
 
     def stages(self) -> list[str]:
         """The stages that this configuration has data for, in order."""
@@ -91,7 +90,8 @@ class Pipeline:
             if is_main:
                 self._tidy(stages)
                 self.write_summary()
-                if (wanted is None or "evaluate" in wanted) and self._report_is_old(stages):
+                wants_report = wanted is None or "evaluate" in wanted or (self.folder / "report.html").exists()
+                if wants_report and self._report_is_old(stages):
                     self.write_report()
                 self._redo_path.unlink(missing_ok=True)
         return RunResult(self.folder, self.summary())
@@ -240,6 +240,8 @@ class Pipeline:
         """The records that these stages will use, by their key in the data section, and every mistake that can be known beforehand."""
         from tercet.jobs.preflight import inspect
 
+        if "ppo" in stages or "evaluate" in stages:
+            self._check_rewards()
         made = self.config.model.scratch is None or Path(self._base).exists()
         return inspect(self.config, stages, self._base if made else None, functions_of(self.config))
 

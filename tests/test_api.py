@@ -13,6 +13,7 @@ import yaml
 
 import tercet
 from tercet import TercetError
+from tercet.pipeline import Pipeline
 
 Partial = Callable[..., Path]
 
@@ -69,9 +70,18 @@ def test_ppo_on_a_python_function(settings: dict[str, Any], partial_run: Partial
     assert "ppo.train_score" in result.summary
     evaluated = tercet.evaluate(settings, reward=count_calls)
     assert "score.win_rate" in evaluated.summary or "win_rate" in evaluated.summary
-    tercet.load_config(folder / "config.yaml")  # what the run wrote down can be read again
+    written = Pipeline(tercet.load_config(folder / "config.yaml"))  # what the run wrote down can be read again, and reported
+    assert written.write_report() == folder / "report.html"
     with pytest.raises(TercetError, match=r"(?s)stage ppo was finished from something else.*reward function"):
         tercet.train_ppo(settings, reward=lambda prompts, responses, **fields: [0.0] * len(prompts))
+
+
+def test_stages_before_ppo_ask_for_no_reward(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Prompts are there, comparisons are not: the function comes with train_ppo."""
+    settings |= {"output": str(tmp_path / "run"), "data": {**settings["data"], "comparisons": None}}
+    assert tercet.train_sft(settings).summary["sft.eval_loss"] > 0
+    with pytest.raises(TercetError, match="neither data.comparisons nor reward.use"):
+        tercet.train_ppo(settings)
 
 
 def test_ppo_on_a_function_needs_no_reward_model(settings: dict[str, Any], partial_run: Partial) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +113,76 @@ def test_judges_and_gold_count_in_ppo_only_where_it_evaluates(project: Path) -> 
 )
 def test_what_cannot_change_a_result_does_not_count(change: dict[str, Any], project: Path) -> None:
     assert prints_of(project, **change) == prints_of(project)
+
+
+def reward_of(scale: float, name: str = "a") -> Callable[..., list[float]]:
+    def reward(prompts: list[str], responses: list[str], **fields: Any) -> list[float]:
+        return [scale * response.count(name) for response in responses]
+
+    return reward
+
+
+def constant(prompts: list[str], responses: list[str], value: float = 1.0, **fields: Any) -> list[float]:
+    return [value] * len(responses)
+
+
+class Rewarding:
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def __call__(self, prompts: list[str], responses: list[str], **fields: Any) -> list[float]:
+        return [self.weight] * len(responses)
+
+    def half(self, prompts: list[str], responses: list[str], **fields: Any) -> list[float]:
+        return [self.weight / 2] * len(responses)
+
+
+def typed(source: str) -> Callable[..., list[float]]:
+    """As typed at a prompt: there is no file to read the source from."""
+    names: dict[str, Any] = {}
+    exec(source, names)
+    function: Callable[..., list[float]] = names["f"]
+    return function
+
+
+def test_another_function_given_in_python_is_another() -> None:
+    """Redefined in a notebook under the same name: the old figures must not be taken for the new one's."""
+    config = load_config({"model": {"name": "x"}})
+
+    def printed(function: Callable[..., list[float]]) -> str:
+        return json.dumps(fingerprints(config, ["ppo"], [function])["ppo"]["data"]["reward function"])
+
+    one: list[Callable[[], Callable[..., list[float]]]] = [
+        lambda: reward_of(1.0),
+        lambda: reward_of(2.0),
+        lambda: reward_of(1.0, "b"),
+        lambda: constant,
+        lambda: functools.partial(constant, value=2.0),
+        lambda: functools.partial(constant, value=3.0),
+        lambda: Rewarding(1.0),
+        lambda: Rewarding(2.0),
+        lambda: Rewarding(1.0).half,
+        lambda: typed("def f(prompts, responses, **fields):\n    return [1.0] * len(responses)"),
+        lambda: typed("def f(prompts, responses, **fields):\n    return [2.0] * len(responses)"),
+        lambda: lambda prompts, responses, **fields: [float(len(response)) for response in responses],
+        lambda: lambda prompts, responses, **fields: [-float(len(response)) for response in responses],
+    ]
+    prints = [printed(make()) for make in one]
+    assert prints == [printed(make()) for make in one] and len(set(prints)) == len(prints)
+
+
+def test_a_function_of_a_module_counts_by_its_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    sections = {"ppo": {"rewards": [{"kind": "function", "function": "score:f"}]}}
+    before = prints_of(project, **sections)
+    with (project / "score.py").open("a") as opened:
+        opened.write(" ")
+    assert changes(before, prints_of(project, **sections)) == {"ppo": ["contents of ppo.rewards.0.function score changed"]}
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model", "merges.txt", "modeling_own.py"])
+def test_everything_counts_that_a_model_is_read_from(name: str, project: Path) -> None:
+    (project / "model" / name).write_text("a")
+    before = prints_of(project)
+    (project / "model" / name).write_text("b")
+    assert changes(before, prints_of(project))["sft"] == [f"contents of model.name changed: {name}"]

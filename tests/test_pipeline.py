@@ -17,6 +17,7 @@ import pytest
 from tercet.config import load_config
 from tercet.fingerprint import STAGES
 from tercet.pipeline import Pipeline
+from tercet.report.load import load_run
 from tercet.runtime.interrupted import Interrupted
 from tercet.types import TercetError
 
@@ -287,9 +288,9 @@ class TestOrder:
 
     def test_ppo_without_any_reward(self, settings: dict[str, Any]) -> None:
         with pytest.raises(TercetError, match=r"neither data\.comparisons nor reward\.use"):
-            Pipeline(load_config(changed(settings, data={"comparisons": None})))
+            run(changed(settings, data={"comparisons": None}))
         with pytest.raises(TercetError, match=r"ppo\.rewards is empty"):
-            Pipeline(load_config(changed(settings, ppo={"rewards": []})))
+            run(changed(settings, ppo={"rewards": []}))
 
 
 class TestToldBeforeTraining:
@@ -509,3 +510,25 @@ def test_a_run_that_breaks_down_leaves_a_report_that_tells_what_led_to_it(
     summary = json.loads((run_copy / "summary.json").read_text())
     assert "sft.eval_loss" in summary and "ppo.train_score" not in summary and summary["verdict"]
     assert (run_copy / "report.html").stat().st_mtime_ns >= (run_copy / "ppo/metrics.jsonl").stat().st_mtime_ns
+
+
+def test_a_report_is_never_of_another_policy_than_the_folders(run_copy: Path, settings: dict[str, Any]) -> None:
+    """PPO alone, anew: the evaluation is gone, and so is what the report said of it."""
+    before = (run_copy / "report.html").read_text()
+    run(changed(settings, ppo={"kl": {"coef": 5.0}}), ["ppo"], "ppo")
+    after = (run_copy / "report.html").read_text()
+    assert not (run_copy / "evaluation").exists() and after != before
+    assert "PPO wins" in before and "PPO wins" not in after
+
+
+def test_another_reward_model_leaves_nothing_of_the_runs_own(
+    run_copy: Path, finished_run: Path, settings: dict[str, Any]
+) -> None:
+    """reward/ still holds the card and the judge of the model that was trained here before."""
+    card = run_copy / "reward/card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"accuracy": 0.123}))
+    run(changed(settings, reward={"use": str(finished_run / "reward/model")}), None, "ppo")
+    assert load_run(run_copy).card == json.loads((run_copy / "evaluation/reward_card.json").read_text())
+    assert load_run(run_copy).card["accuracy"] != 0.123
+    judges = set(json.loads((run_copy / "evaluation/policies.json").read_text())["ppo"])
+    assert not {"judge", "bag_of_words"} & judges

@@ -54,7 +54,7 @@ def run_evaluate(shop: Workshop) -> Figures:
     evaluations = JsonLines(shop.folder / "ppo/evaluations.jsonl", "iteration").read() if shop.world.is_main else []
     path = path_of_ppo(of_main["sft"], of_main["ppo"], config.ppo.iterations, evaluations, ["score", *names], config.seed)
     yardstick = best_of_n_figures(draws, ["score", *names], MOST_OF_N, config.seed)
-    if config.data.comparisons is not None and not (shop.folder / "reward/card.json").exists():
+    if config.data.comparisons is not None and config.reward.use is not None:
         figures |= card_of_finished(shop)
     if shop.world.is_main:
         folder = shop.folder / "evaluation"
@@ -113,7 +113,7 @@ def judges_of(shop: Workshop, score: Scorer) -> Judges:
     are enough; those that the configuration names."""
     others: dict[str, Scorer] = {}
     judge = shop.folder / "reward/judge/model"
-    if judge.exists() and shop.config.data.comparisons is not None:
+    if judge.exists() and shop.config.data.comparisons is not None and shop.config.reward.use is None:
         others["judge"] = shop.reward_scorer(shop.load_scorer(str(judge)))
         others["bag_of_words"] = BagOfWords(comparison_sets(shop.config).judge)
     others |= {name: shop.scorer([term]) for name, term in shop.config.evaluation.judges.items()}

@@ -50,7 +50,7 @@ CAUSES: dict[str, Cause] = {
     "sft_loss_rose": Cause(
         "sft",
         "SFT made the model worse on held-out text",
-        "last held-out loss minus the first one, nats a token",
+        "last held-out loss minus the one before the first step, nats a token",
         "above",
         0,
         None,

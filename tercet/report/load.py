@@ -113,7 +113,7 @@ def load_run(folder: Path) -> RunData:
     run.evaluations = _lines(folder, "ppo/evaluations.jsonl", problems)
     run.policies = _records(_object(folder, "evaluation/policies.json", problems))
     run.wins = _records(_object(folder, "evaluation/wins.json", problems))
-    run.card = _object(folder, "reward/card.json", problems) or _object(folder, "evaluation/reward_card.json", problems)
+    run.card = _object(folder, "evaluation/reward_card.json", problems) or _object(folder, "reward/card.json", problems)
     run.path = _object(folder, "evaluation/path.json", problems)
     run.best_of_n = _object(folder, "evaluation/best_of_n.json", problems)
     for stage, place in (*((stage, stage) for stage in STAGES), ("evaluate", "evaluation")):

@@ -34,12 +34,12 @@ def _not_finite(run: RunData) -> Iterable[Finding]:
 
 
 def _sft_loss(run: RunData) -> Iterable[Finding]:
-    losses = run.finite("sft", "eval_loss")
-    if len(losses) < 2:
+    before, losses = run.finite("sft", "eval_loss_before"), run.finite("sft", "eval_loss")
+    if not losses:
         return
     lowest, end = min(losses), losses[-1]
-    text = f"Held-out loss went from {short(losses[0])} to {short(end)} nats a token."
-    rose = list(fault("sft_loss_rose", end - losses[0], text, short(end)))
+    text = f"Held-out loss went from {short(before[0])} to {short(end)} nats a token." if before else ""
+    rose = list(fault("sft_loss_rose", end - before[0], text, short(end))) if before else []
     text = f"Held-out loss was {short(lowest)} at its best and {short(end)} at the end."
     yield from rose or fault("sft_overfit", end / lowest if lowest > 0 else 1.0, text, short(end))
 

@@ -169,11 +169,13 @@ def train(
     schedule: Schedule,
     compute: Callable[[int], dict[str, float]],
     evaluate: Callable[[], dict[str, float]],
+    *,
+    also_before: bool = False,
 ) -> None:
     """Take the optimizer steps of a supervised stage, resuming exactly where a checkpoint left off.
 
     `compute(step)` accumulates the gradients of step (counted from 0) and returns its metrics, "loss" and "tokens" among them;
-    `evaluate()` returns figures on held-out records.
+    `evaluate()` returns figures on held-out records; `also_before`: the first step's row has them from before it, named ..._before.
     """
     optimizer = Optimizer(module, weight_decay=schedule.weight_decay, max_grad_norm=schedule.max_grad_norm, world=run.world)
     checkpoint = run.resume()
@@ -185,6 +187,7 @@ def train(
     eval_every = schedule.eval_every or schedule.steps_per_epoch
     skipped = checkpoint.values["skipped"] if checkpoint else 0
     release_free_memory()
+    before = {f"{name}_before": value for name, value in evaluate().items()} if also_before and start == 0 else {}
     module.train()
     with run.progress(schedule.total_steps, start) as bar:
         for step in range(start, schedule.total_steps):
@@ -201,6 +204,7 @@ def train(
                 **metrics,
                 "learning_rate": rate,
                 "grad_norm": norm,
+                **(before if step == 0 else {}),
             }
             if skipped:
                 row["skipped"] = skipped

@@ -71,7 +71,7 @@ def train_sft(
             total += loss(_scored(eval_store.sequences(own[part]), loss_on).to(policy.device), count).cpu().double()
         return {"eval_loss": run.world.all_sum(total).item()}
 
-    train(run, policy, schedule, compute, evaluate)
+    train(run, policy, schedule, compute, evaluate, also_before=run.name == "sft")  # did it make the base model better?
     figures = {f"{run.name}.records": len(store), f"{run.name}.truncated": truncated / len(store)}
     return figures | {f"{run.name}.{name}": value for name, value in evaluate().items()}
 

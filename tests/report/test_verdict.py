@@ -15,7 +15,10 @@ def ppo(**series: list[float]) -> dict[str, list[dict[str, float]]]:
 
 
 def sft(*losses: float) -> dict[str, list[dict[str, float]]]:
-    return {"sft": [{"step": i, "eval_loss": loss} for i, loss in enumerate(losses)]}
+    """The first of the losses is that before the first step."""
+    rows = [{"step": i + 1.0, "eval_loss": loss} for i, loss in enumerate(losses[1:])]
+    rows[0]["eval_loss_before"] = losses[0]
+    return {"sft": rows}
 
 
 def gains(*values: float) -> list[dict[str, float]]:
@@ -290,3 +293,13 @@ def test_intervals() -> None:
     # mean 2, sd 1, n 3: 2 -+ 1.96 / sqrt(3)
     assert interval_of_mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 0.868393, 3.131607), abs=1e-5)
     assert interval_of_mean([4.0]) == (4.0, -math.inf, math.inf)
+
+
+def test_a_loss_that_rose_since_the_first_epoch_is_still_below_the_base_models() -> None:
+    """Three epochs and a little overfitting: not an error."""
+    assert not [one for one in verdict(RunData(metrics=sft(3.9, 2.40, 2.35, 2.401))) if one.rule == "sft_loss_rose"]
+    without = sft(3.9, 2.40, 2.35, 2.401)
+    del without["sft"][0]["eval_loss_before"]  # of a run made before there was one
+    assert not [one for one in verdict(RunData(metrics=without)) if one.rule == "sft_loss_rose"]
+    (found,) = verdict(RunData(metrics=sft(2.0, 2.1)))
+    assert found.rule == "sft_loss_rose", "also after a single epoch"
