@@ -113,8 +113,14 @@ def doctor(
     """Everything that can be known to be wrong before hours are spent; memory and time that each stage will take."""
     from tercet.config import load_config
     from tercet.doctor import examine
+    from tercet.runtime.interrupted import Interrupted
 
-    if not examine(load_config(config, settings), quick=quick):
+    try:
+        fine = examine(load_config(config, settings), quick=quick)
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; doctor keeps nothing of what it did", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if not fine:
         raise typer.Exit(2)
 
 

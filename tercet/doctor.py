@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tercet.config import Config, load_config
+from tercet.data.files import write_parquet
 from tercet.errors import TercetError
 from tercet.jobs.memory import GIB, Need
 from tercet.jobs.outlook import KINDS, Check, Lengths, measure, memory, outlook
@@ -71,8 +72,8 @@ class Doctor:
         if mistakes or not stages:
             return
         yield Check("ok", f"stages: {', '.join(stages)}")
-        with tempfile.TemporaryDirectory(prefix=".tercet-doctor-", dir=_place(pipeline.folder)) as name, _quiet():
-            folder = Path(name) / "run"
+        with _workplace(_place(pipeline.folder)) as place, _quiet():
+            folder = place / "run"
             try:
                 shop = Pipeline(pipeline.config.model_copy(update={"output": str(folder)})).workshop(Interrupt())
                 lengths = measure(records, shop.config, shop.template)
@@ -132,7 +133,7 @@ def _small(shop: Workshop, records: Mapping[str, Any], lengths: Mapping[str, Len
         if name == "comparisons":
             own = [record for record in own if len(set(record.ranks)) > 1]  # of ties alone nothing can be learned
         if name in ("pretrain", *KINDS):
-            values["data"][name] = str(_write(folder / f"{name}.jsonl", own[:: max(1, len(own) // (2 * count))][: 2 * count]))
+            values["data"][name] = str(_write(folder / name, own[:: max(1, len(own) // (2 * count))][: 2 * count]))
     values["data"] |= dict.fromkeys(KINDS.values()) | {"held_out": 0.0}
     for stage in ("pretrain", "sft", "reward"):
         batch = min(count, values[stage]["batch_size"])
@@ -209,11 +210,36 @@ def _place(folder: Path) -> Path:
     return next(parent for parent in folder.absolute().parents if parent.is_dir())
 
 
+@contextlib.contextmanager
+def _workplace(place: Path) -> Iterator[Path]:
+    """A temporary folder in `place`; TercetError where none can be made."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".tercet-doctor-", dir=place)
+    except OSError as error:
+        raise TercetError(
+            f"output: nothing can be written in {place} ({error.strerror}): make it writable, or choose another output"
+        ) from None
+    with folder as name:
+        yield Path(name)
+
+
 def _write(path: Path, records: Sequence[Any]) -> Path:
-    """Records in the form in which they can be read again."""
+    """Records in the form in which they can be read again, in a file whose suffix is added to `path`.
+
+    Only columnar sources hold dates, bytes or NaN in the fields of prompts; they go back into one, or as text where it takes them not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(_values(record)) + "\n" for record in records), encoding="utf-8")
-    return path
+    rows = [_values(record) for record in records]
+    try:
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    except (TypeError, ValueError):
+        with contextlib.suppress(Exception):  # files of several kinds in one folder; the library's errors share no base class
+            return write_parquet(path.with_suffix(".parquet"), rows)
+        as_text = [json.loads(json.dumps(row, default=str), parse_constant=lambda _: None) for row in rows]
+        text = "".join(json.dumps(row) + "\n" for row in as_text)
+    file = path.with_suffix(".jsonl")
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 def _values(record: Any) -> dict[str, Any]:

@@ -116,3 +116,76 @@ def test_the_command_exits_with_2_on_an_error_and_0_without(finished_run, tmp_pa
     assert done.exit_code == 0 and "memory, GiB" in done.output
     bad = CliRunner().invoke(app, ["doctor", str(file), "--quick", "--set", "data.sft=nowhere.jsonl"])
     assert bad.exit_code == 2 and "nowhere.jsonl" in bad.output
+
+
+def prompts_of_every_type(folder: Path) -> Path:
+    """Parquet whose fields JSON cannot hold, with a null in the first row."""
+    import datetime
+    import decimal
+
+    import datasets
+
+    count = 24
+    columns = {
+        "prompt": [f"Question {i}?" for i in range(count)],
+        "when": [None, *[datetime.datetime(2026, 1, 2)] * (count - 1)],
+        "raw": [b"\xff\x00"] * count,
+        "price": [decimal.Decimal("1.50")] * count,
+        "known": [float("nan")] * count,
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(str(folder / "p.parquet"))
+    return folder / "p.parquet"
+
+
+def test_fields_that_json_cannot_hold_reach_the_reward_function_as_they_are(finished_run, tiny_data, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(
+        "import datetime, decimal\n"
+        "def score(prompts, responses, when, raw, price, known):\n"
+        "    assert {type(x) for x in when} <= {type(None), datetime.datetime} and set(raw) == {bytes([255, 0])}\n"
+        "    assert set(price) == {decimal.Decimal('1.50')} and all(x != x for x in known)\n"
+        "    return [0.1 * len(text) for text in responses]\n"
+    )
+    changes = {
+        "data": {"prompts": str(prompts_of_every_type(tmp_path))},
+        "ppo": {"rewards": [{"kind": "function", "function": f"{tmp_path}/rewards.py:score"}]},
+    }
+    found = list(Doctor(load_config(settings(finished_run, tiny_data, tmp_path / "run", **changes))).checks())
+    assert not levels(found, "error") and found[-1].text.startswith("dry run: every stage")
+
+
+def test_what_parquet_cannot_hold_either_is_written_as_text(tmp_path):
+    from tercet.data.records import read_prompts
+    from tercet.doctor import _write
+    from tercet.types import Prompt
+
+    mixed = [Prompt("a", {"x": b"1", "y": float("nan"), "z": 1}, ""), Prompt("b", {"x": 2, "y": 0.5, "z": {"t": "u"}}, "")]
+    again = read_prompts(_write(tmp_path / "prompts", mixed))
+    assert [record.fields for record in again] == [{"x": "b'1'", "y": None, "z": 1}, {"x": 2, "y": 0.5, "z": {"t": "u"}}]
+
+
+def test_a_place_where_nothing_can_be_written_is_named(finished_run, tiny_data, tmp_path, monkeypatch):
+    import tempfile
+
+    from tercet.types import TercetError
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refused)
+    config = load_config(settings(finished_run, tiny_data, tmp_path / "run"))
+    with pytest.raises(TercetError, match=f"output: nothing can be written in {tmp_path} .Permission denied.: make it writable"):
+        list(Doctor(config).checks())
+
+
+@pytest.mark.parametrize("signal", ["Interrupted", "KeyboardInterrupt"])
+def test_a_stopped_examination_does_not_speak_of_a_saved_state(signal, finished_run, tiny_data, tmp_path, monkeypatch):
+    from tercet.runtime.interrupted import Interrupted
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise {"Interrupted": Interrupted, "KeyboardInterrupt": KeyboardInterrupt}[signal]
+
+    monkeypatch.setattr("tercet.doctor.Pipeline.run", stopped)
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings(finished_run, tiny_data, tmp_path / "run")))
+    done = CliRunner().invoke(app, ["doctor", str(file)])
+    assert done.exit_code == 130 and "stopped; doctor keeps nothing" in done.output and "saved" not in done.output

@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
@@ -292,6 +292,13 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     except Exception as error:  # the library's errors share no base class
         cause = show(str(error.__cause__ or error), 160)
         _refuse(str(path), f"not a readable Parquet file ({cause})", "Parquet as written by pandas, pyarrow or datasets")
+
+
+def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as a .parquet file, with values that JSON cannot hold; a field that a row has not is null in it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    _datasets().Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}).to_parquet(str(path))
+    return path
 
 
 def _is_hub_name(source: str) -> bool:
