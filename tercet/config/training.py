@@ -43,5 +43,5 @@ class RewardConfig(TrainingConfig):
         256, "responses of the SFT policy on which scores get mean 0 and standard deviation 1; 0: off", ge=0
     )
     judge: bool = setting(
-        True, "train a second reward model on a fifth of the comparisons that the first never sees (500 or more)"
+        True, "train a second reward model on a fifth of the comparisons, unseen by the first (500 or more after the hold-out)"
     )

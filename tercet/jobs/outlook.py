@@ -65,7 +65,7 @@ def outlook(
         if name in sources:
             yield from _counts(name, sources, config)
     if "comparisons" in sources:
-        yield from _comparisons(config, sources["comparisons"])
+        yield from _comparisons(config, sources)
     yield from leaks(config, sources)
     free = free_memory(machine.device)
     for need in memory(config, stages, lengths, machine, base):
@@ -175,7 +175,8 @@ def _counts(name: str, sources: Mapping[str, Any], config: Config) -> Iterator[C
         )
 
 
-def _comparisons(config: Config, records: Any) -> Iterator[Check]:
+def _comparisons(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:
+    records = sources["comparisons"]
     for reason, count in records.dropped.items():
         yield Check("warning", f"data.comparisons: {count} records are not used because {reason}: repair or remove them")
     if len(records) < FEW_COMPARISONS:
@@ -183,10 +184,10 @@ def _comparisons(config: Config, records: Any) -> Iterator[Check]:
             "warning",
             f"data.comparisons: {len(records)} are few; a reward model from under {FEW_COMPARISONS} is mostly noise: collect more",
         )
-    judge = judge_split(records)[1] if config.reward.judge else []
-    second = (
-        f"about {len(judge)} comparisons go to a second reward model that judges the first" if judge else "no second reward model"
-    )
+    judge = (
+        judge_split(_sides("comparisons", sources, config)[0])[1] if config.reward.judge else []
+    )  # as jobs/comparisons.py does
+    second = f"{len(judge)} comparisons go to a second reward model that judges the first" if judge else "no second reward model"
     yield Check("ok", f"reward: {second}")
     pairs = [
         (len(better), len(worse))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 from model_zoo import bpe_tokenizer, causal_lm
 
 from tercet.config import load_config
-from tercet.data.records import Records
+from tercet.data.records import Records, read_comparisons
 from tercet.data.template import Template
 from tercet.jobs import outlook as module
+from tercet.jobs.comparisons import comparison_sets
 from tercet.jobs.outlook import leaks, measure, outlook
 from tercet.runtime.machine import Machine
 from tercet.types import Comparison, Demonstration, Message, Prompt
@@ -76,6 +79,23 @@ def test_sound_data_give_no_warning(base: str) -> None:
 def test_each_fault_is_named_with_what_to_do(base: str, change: Any, settings: dict[str, Any], told: Sequence[str]) -> None:
     found = warnings(base, sound() | change, settings)
     assert len(found) == 1 and all(part in found[0] for part in told), found
+
+
+def test_the_judge_is_announced_for_the_comparisons_that_the_run_gives_it(base: str, tmp_path: Path) -> None:
+    """510 are enough for a judge, but not once a tenth is held out; with a file of their own to measure on, all 510 count."""
+    lines = [json.dumps({"prompt": f"Pair {i}?", "chosen": "y", "rejected": "n"}) + "\n" for i in range(510)]
+    (tmp_path / "c.jsonl").write_text("".join(lines))
+    (tmp_path / "e.jsonl").write_text(lines[0])
+    for own in (False, True):
+        files = {"comparisons": str(tmp_path / "c.jsonl")} | ({"eval_comparisons": str(tmp_path / "e.jsonl")} if own else {})
+        config = load_config({"model": {"name": base}, "data": files})
+        sources = {name: read_comparisons(file) for name, file in files.items()}
+        template = Template(bpe_tokenizer(), "plain", 16)
+        found = outlook(config, ["reward"], sources, measure(sources, config, template), template, CPU, base)
+        judge = len(comparison_sets(config).judge)
+        assert bool(judge) == own
+        told = f"reward: {judge} comparisons go to" if judge else "reward: no second reward model"
+        assert any(check.text.startswith(told) for check in found), told
 
 
 def test_pairs_of_one_length_are_not_lopsided(base: str) -> None:
