@@ -26,6 +26,7 @@ from tercet.types import TercetError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 # A .csv cell is text; the fields that hold lists or numbers in the other formats hold JSON there.
 CSV_JSON_FIELDS = ("messages", "responses", "ranks", "margin")
+CSV_TEXTS_OR_MESSAGES = ("prompt", "chosen", "rejected")  # likewise where the cell is a list of messages, else a text
 
 
 @dataclass(frozen=True)
@@ -265,9 +266,23 @@ def _csv(path: Path, example: str) -> Iterator[Row]:
                     del values[name]
                 elif name in values:
                     values[name] = _strict_json(f"{path}:{number}: field {show(name)}", values[name], example)
+            for name in CSV_TEXTS_OR_MESSAGES:
+                if name in values and _is_messages(values[name]):
+                    values[name] = _strict_json(f"{path}:{number}: field {show(name)}", values[name], example)
             yield Row(str(path), number, values, example)
     except csv.Error as error:
         _refuse(str(path), f"not CSV ({error}, near line {reader.line_num})", "comma-separated, double-quoted text", example)
+
+
+def _is_messages(cell: str) -> bool:
+    """Whether a cell is the JSON of a conversation; a text may well begin with a bracket."""
+    if not cell.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) and x.keys() >= {"role", "content"} for x in value)
 
 
 def _columnar(name: str, records: Iterable[dict[str, Any]], example: str) -> Iterator[Row]:

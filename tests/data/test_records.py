@@ -117,6 +117,23 @@ def test_pairs_and_rankings(tmp_path: Path) -> None:
     ]
 
 
+def test_conversations_in_csv_cells(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+
+    def cells(*texts: str) -> str:
+        return ",".join('"' + text.replace('"', '""') + '"' for text in texts) + "\n"
+
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    literal = ['[{"role": "user"}]', "[{x}] is a set", '[{"role": "user", "content": "Hi"}', "[]", '["a"]', "[1] says so"]
+    path.write_text("prompt\n" + cells(json.dumps([user])) + cells(json.dumps([user], indent=1)) + "".join(map(cells, literal)))
+    message = Message("user", "Hi")
+    assert [prompt.prompt for prompt in read_prompts(path)] == [(message,), (message,), *literal]
+    path.write_text("chosen,rejected\n" + cells(json.dumps([user, answer]), json.dumps([user, answer | {"content": "No"}])))
+    assert [(c.prompt, c.responses) for c in read_comparisons(path)] == [((message,), ("Hello", "No"))]
+    path.write_text("prompt,response\n" + cells(json.dumps([user]), "Hello"))
+    assert [(d.prompt, d.response) for d in read_demonstrations(path)] == [((message,), "Hello")]
+
+
 def test_transcripts_are_cut_at_the_last_turn_they_share(tmp_path: Path) -> None:
     opening = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
     useless = {"chosen": opening + " x", "rejected": opening + " x"}
