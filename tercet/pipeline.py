@@ -243,7 +243,7 @@ class Pipeline:
         if "ppo" in stages or "evaluate" in stages:
             self._check_rewards()
         made = self.config.model.scratch is None or Path(self._base).exists()
-        return inspect(self.config, stages, self._base if made else None, functions_of(self.config))
+        return inspect(self.config, stages, self._base if made else None, [*functions_of(self.config), *self._callables])
 
     @property
     def _base(self) -> str:

@@ -3,7 +3,8 @@ templates, lengths. All of it are mistakes; what only deserves a warning is in j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedTokenizerBase
@@ -26,9 +27,9 @@ from tercet.models.load import (
 from tercet.models.roles import ScoreModel
 from tercet.runtime.machine import resolve
 from tercet.runtime.trackers import check_installed
-from tercet.scoring.function import load_function
+from tercet.scoring.function import RewardFunction, load_function
 from tercet.scoring.model import ClassifierScorer
-from tercet.types import Comparison, TercetError, Text
+from tercet.types import Comparison, Prompt, TercetError, Text
 
 Sources = dict[str, Any]  # the Records of each file, by its key in the data section
 Records = Mapping[str, Sequence[Any]]  # by stage
@@ -41,11 +42,14 @@ STAGE_DATA: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
 }
 
 
-def inspect(config: Config, stages: Sequence[str], base: str | None, functions: Sequence[str]) -> tuple[Sources, list[str]]:
+def inspect(
+    config: Config, stages: Sequence[str], base: str | None, functions: Sequence[str | RewardFunction]
+) -> tuple[Sources, list[str]]:
     """Read every record, function and checkpoint that these stages will use. Returns the records and all mistakes, in sentences; after
     mistakes in the data, models are not looked at.
 
-    base: the pretrained model, None while a scratch model is not made yet; functions: "file.py:name" or "module:name".
+    base: the pretrained model, None while a scratch model is not made yet; functions: "file.py:name" or "module:name", or what
+    the Python API was given.
     """
     sources: Sources = {}
     mistakes: list[str] = []
@@ -65,10 +69,15 @@ def inspect(config: Config, stages: Sequence[str], base: str | None, functions: 
     return sources, mistakes
 
 
-def _check(config: Config, stages: Sequence[str], base: str | None, functions: Sequence[str], sources: Sources) -> None:
-    if "ppo" in stages or "evaluate" in stages:
-        for reference in functions:
-            load_function(reference)
+def _check(
+    config: Config, stages: Sequence[str], base: str | None, functions: Sequence[str | RewardFunction], sources: Sources
+) -> None:
+    if functions and ("ppo" in stages or "evaluate" in stages):
+        read = [record for name in ("prompts", "eval_prompts") for record in sources.get(name, ())]
+        prompts = read or prompt_records(config, held_out=True)
+        for named in functions:
+            function = load_function(named) if isinstance(named, str) else named
+            _check_fields(function, named if isinstance(named, str) else getattr(named, "__name__", "reward"), prompts)
     if "comparisons" in sources and all(len(set(record.ranks)) == 1 for record in sources["comparisons"]):
         raise TercetError(
             "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
@@ -82,6 +91,26 @@ def _check(config: Config, stages: Sequence[str], base: str | None, functions: S
             if stage in stages
         }
         check_models(config, stages, base, records)
+
+
+def _check_fields(function: RewardFunction, name: str, prompts: Iterable[Prompt]) -> None:
+    """The function is called as function(prompts, responses, **fields): a field may have the name of one of the first two."""
+    try:
+        call = signature(function, follow_wrapped=False)  # of the outermost function, which is what is called
+    except (TypeError, ValueError):  # compiled functions may have none
+        return
+    origins: dict[str, str] = {}
+    for prompt in prompts:
+        for field in prompt.fields:
+            origins.setdefault(field, prompt.origin)
+    for field, origin in origins.items():
+        try:
+            call.bind_partial([], [], **{field: []})
+        except TypeError as error:
+            raise TercetError(
+                f"{origin}: the field {field!r} cannot be given to the function {name} ({error}), which is called as function(prompts, "
+                "responses, **fields): rename or remove the field, or change the function's arguments"
+            ) from None
 
 
 def check_models(config: Config, stages: Sequence[str], base: str | None, records: Records) -> None:
