@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tercet.config import load_config
+from tercet.errors import TercetError
 from tercet.pipeline import Pipeline, RunResult
 from tercet.table import print_summary
 from tercet.world import generate
@@ -18,15 +19,19 @@ from tercet.world import generate
 def run_quickstart(output: Path, settings: Sequence[str] = (), from_stage: str | None = None) -> RunResult:
     """Write the world's data beside the run, then run all stages with the packaged configuration."""
     output = output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    settings = [f"output={json.dumps(str(output), ensure_ascii=False)}", *settings]  # in quotes: YAML takes a path literally
     text = resources.files("tercet").joinpath("quickstart.yaml").read_text(encoding="utf-8")
-    (output / "quickstart.yaml").write_text(text, encoding="utf-8")
-    config = load_config(output / "quickstart.yaml", [f"output={output}", *settings])
-    world_file = output / "data/world.json"
-    world = json.loads(world_file.read_text(encoding="utf-8")) if world_file.exists() else None
-    if world is None or world["seed"] != config.seed:
-        world = generate(output / "data", seed=config.seed)
-    config = load_config(output / "quickstart.yaml", [f"output={output}", *settings])  # now its data files exist
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "quickstart.yaml").write_text(text, encoding="utf-8")
+        config = load_config(output / "quickstart.yaml", settings)
+        world_file = output / "data/world.json"
+        world = json.loads(world_file.read_text(encoding="utf-8")) if world_file.exists() else None
+        if world is None or world["seed"] != config.seed:
+            world = generate(output / "data", seed=config.seed)
+    except OSError as error:
+        raise TercetError(f"{output} cannot be written ({error.strerror}): choose another place with --output") from None
+    config = load_config(output / "quickstart.yaml", settings)  # now its data files exist
     result = Pipeline(config).run(from_stage=from_stage)
     print_summary(result)
     Console(highlight=False).print(f"the annotator's own ceiling of agreement on such pairs: {world['ceiling']['known']:.3f}")

@@ -33,6 +33,8 @@ def generate(folder: str | Path, prompts: Sequence[str], stages: Sequence[str] =
     if unknown:
         raise TercetError(f"--stage {unknown[0]}: this run has {', '.join(there)}")
     ids = [shop.template.prompt_ids(prompt).ids for prompt in prompts]
+    if [] in [list(prompt) for prompt in ids]:
+        raise TercetError("--prompt: an empty text is no token for this model, so there is nothing to go on from: give some text")
     batch = PromptSet(ids, list(prompts), [{} for _ in prompts], lambda row: response_text(row, shop.tokenizer))
     numbers = uniforms(seed, "evaluation", 0, range(len(prompts)), config.ppo.max_new_tokens)
     has_reward = config.reward.use is not None or (folder / "reward/model").exists()

@@ -144,6 +144,8 @@ def test_run_twice_report_and_generate(run_copy: Path, config_file: Path, comman
     assert [line.split()[0] for line in other.splitlines()[1:2]] == ["ppo"] and other.splitlines()[1] != lines[3]
     status, _, error = command("generate", str(run_copy), "--prompt", "x", "--stage", "dpo")
     assert status == 2 and "--stage dpo: this run has base, sft, ppo" in error
+    status, _, error = command("generate", str(run_copy), "--prompt", "x", "--prompt", "")
+    assert status == 2 and "error: --prompt: an empty text is no token" in error and "Traceback" not in error
 
 
 def test_the_table_without_an_evaluation(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

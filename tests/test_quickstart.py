@@ -6,6 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tercet.cli import app
+from tercet.errors import TercetError
+from tercet.quickstart import run_quickstart
 
 
 @pytest.mark.slow
@@ -23,3 +25,25 @@ def test_the_embedded_world_is_learned_through_all_stages(tmp_path):
     assert summary["ppo.distinct2"] >= 0.7 * summary["sft.distinct2"]
     assert "gold.ppo[new]" in summary  # topics never seen in training are reported apart
     assert (tmp_path / "run/report.html").exists() and "report.html" in done.output.replace("\n", "")
+
+
+@pytest.mark.parametrize("name", ["q #1", "a: b", "[draft]", 'it\'s "q" \\', "été 🌧"])
+def test_the_output_is_taken_literally(name, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(pipeline, from_stage=None):
+        raise Stopped(pipeline.config.output, pipeline.config.data.prompts)
+
+    monkeypatch.setattr("tercet.quickstart.Pipeline.run", stop)
+    monkeypatch.setattr("tercet.quickstart.generate", lambda folder, seed: (folder.mkdir(), (folder / "prompts.jsonl").touch()))
+    with pytest.raises(Stopped) as caught:
+        run_quickstart(tmp_path / name)
+    assert caught.value.args == (str(tmp_path / name), str(tmp_path / name / "data/prompts.jsonl"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_an_output_that_cannot_be_written_is_named(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TercetError, match=f"{place} cannot be written .*choose another place with --output"):
+        run_quickstart(tmp_path / place)
