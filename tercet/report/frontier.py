@@ -113,7 +113,7 @@ def _plot(run: RunData, judge: str, more: bool) -> Plot | None:
     )
     legend = [(line.role, line.label) for line in lines]
     legend += [("rule", f"turns down at {short(turn[0])}{THIN}nats")] if turn is not None else []
-    svg = paint_svg(f"frontier-{judge}".replace("_", "-"), f"{title}, gain over SFT. {words}.", paint)
+    svg = paint_svg(f"frontier-{judge}", f"{title}, gain over SFT. {words}.", paint)
     return Plot(title, "gain over SFT on the same prompts", signed(latest), svg, tuple(legend), more)
 
 

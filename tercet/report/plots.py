@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -89,7 +90,7 @@ def thin(xs: Sequence[float], ys: Sequence[float], most: int = MOST_POINTS) -> t
 
 
 def draw(name: str, lines: Sequence[Line], *, x_label: str, label: str, marks: Sequence[Mark] = (), share: bool = False) -> str:
-    """An <svg> element. name: letters and dashes, unique on the page, prefix of every id. label: what a screen reader says.
+    """An <svg> element. name: unique on the page, prefix of every id. label: what a screen reader says.
 
     share: the y axis in per cent.
     """
@@ -106,6 +107,7 @@ def draw(name: str, lines: Sequence[Line], *, x_label: str, label: str, marks: S
 
 def paint_svg(name: str, label: str, paint: Callable[[matplotlib.axes.Axes], None]) -> str:
     """An <svg> element of what `paint` draws; name and label as for `draw`."""
+    name = _id(name)
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(4.2, 2.25))
         FigureCanvasSVG(figure)
@@ -113,6 +115,13 @@ def paint_svg(name: str, label: str, paint: Callable[[matplotlib.axes.Axes], Non
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), name, label)
+
+
+def _id(name: str) -> str:
+    """A name may hold a key of the run folder, and the template does not escape drawings: letters, digits and dashes alone are left; a
+    digest tells apart what would then be the same."""
+    safe = re.sub(r"[^A-Za-z0-9-]", "-", name)
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def draw_line(axes: matplotlib.axes.Axes, line: Line) -> None:

@@ -169,6 +169,20 @@ def test_hostile_text_is_shown_and_not_run(new_run) -> None:
     assert any("?\u2400雨" in words for words in shown)
 
 
+def test_a_judges_hostile_name_is_shown_and_not_run(new_run) -> None:
+    """Such a name reaches the ids of a drawing, which the template does not escape."""
+    folder = new_run(steps=12, iterations=6)
+    before = written(folder)[1]
+    name = 'x"><meta http-equiv="refresh" content="0;url=//evil"><h1>OWNED</h1>'
+    gains = {"iteration": 1, "kl": 1.0, f"{name}_gain": 1.0, f"{name}_gain_low": 0.5, f"{name}_gain_high": 1.5}
+    (folder / "evaluation/path.json").write_text(json.dumps({"points": [gains]}))
+    (folder / "evaluation/best_of_n.json").unlink()
+    html, page = written(folder)
+    assert page.count("h1") == before.count("h1") and page.count("meta") == before.count("meta")
+    assert "<h1>OWNED" not in html and '<meta http-equiv="refresh"' not in html and "OWNED" in html
+    assert all(re.fullmatch(r"[\w.-]+", attributes["id"] or "") for _, attributes in page.tags if "id" in attributes)
+
+
 def test_a_failed_write_leaves_the_old_page(new_run, monkeypatch) -> None:
     folder = new_run(steps=3, iterations=3, count=3)
     before = write_report(folder).read_text(encoding="utf-8")

@@ -43,3 +43,13 @@ def test_ids_are_apart_and_all_references_meet_one() -> None:
     for svg, known in zip((one, two), ids, strict=True):
         assert set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", svg)) <= known
     assert one == draw("first", [Line([1, 2], [1, 2], "x")], x_label="step", label="x")  # the same page every time
+
+
+def test_ids_hold_no_markup_and_stay_apart() -> None:
+    names = ("a_b", "a-b", "a b", '"><h1>&', "\ud800")
+    drawn = {name: draw(name, [Line([1, 2], [1, 2], "x")], x_label="step", label="x") for name in names}
+    ids = {name: set(re.findall(r'\bid="([^"]*)"', svg)) for name, svg in drawn.items()}
+    assert all(re.fullmatch(r"[A-Za-z0-9-]+?-[\w.]+", one) for known in ids.values() for one in known)
+    assert len(set.union(*ids.values())) == sum(map(len, ids.values())) and all(ids.values())
+    for svg in drawn.values():
+        assert parseString(svg).getElementsByTagName("h1") == []
