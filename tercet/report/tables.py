@@ -30,6 +30,7 @@ GROUP_FIGURES = (
     *("sft.finished", "ppo.finished", "sft.length", "ppo.length", "sft.distinct2", "ppo.distinct2"),
 )
 SHARES = ("win_rate", "finished", "accuracy")
+PHASES = ("sync_s", "generate_s", "score_s", "update_s", "evaluate_s")  # of a line of ppo/timings.jsonl
 POLICY_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO", "best": "Best"}
 JUDGE_NAMES = {
     "score": "reward model's score",
@@ -171,7 +172,7 @@ def machine_time(run: RunData) -> Table | None:
     rows = []
     for stage in STAGES:
         lines = run.timings.get(stage, [])
-        seconds = [value for line in lines if (value := number(line.get("seconds"))) is not None]
+        seconds = [value for line in lines if (value := _seconds(line)) is not None]
         if not seconds:
             continue
         rates = sorted(value for line in lines if (value := number(line.get("tokens_per_s"))) is not None)
@@ -182,6 +183,13 @@ def machine_time(run: RunData) -> Table | None:
     if not rows:
         return None
     return Table("Time and memory", ["Time", "Steps", "Per step", "Tokens/s (median)", "Peak memory"], rows)
+
+
+def _seconds(line: Record) -> float | None:
+    """Of a step, or of an iteration of PPO, which has them by phase; None where the line has neither."""
+    phases = [value for key in PHASES if (value := number(line.get(key))) is not None]
+    whole = number(line.get("seconds"))
+    return whole if whole is not None or not phases else sum(phases)
 
 
 TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}

@@ -225,9 +225,12 @@ def make_run(folder: Path, *, steps: int = 120, iterations: int = 60, count: int
     write_lines(folder / "sft/metrics.jsonl", sft_lines(rng, steps))
     write_lines(folder / "reward/metrics.jsonl", reward_lines(rng, steps))
     write_lines(folder / "ppo/metrics.jsonl", ppo_lines(rng, iterations))
-    timing = {"seconds": 1.5, "generate_s": 0.6, "score_s": 0.2, "update_s": 0.7, "tokens_per_s": 5200.0, "peak_memory_mb": 812.0}
-    for stage in ("sft", "reward", "ppo"):
-        write_lines(folder / stage / "timings.jsonl", [timing | {"step": i} for i in range(30)])
+    timing = {"tokens_per_s": 5200.0, "peak_memory_mb": 812.0}
+    for stage in ("sft", "reward"):
+        write_lines(folder / stage / "timings.jsonl", [timing | {"step": i, "seconds": 1.5} for i in range(30)])
+    timing |= {"sync_s": 0.1, "generate_s": 0.6, "score_s": 0.2, "update_s": 1.1}
+    iterations_ = [timing | {"iteration": i} | ({"evaluate_s": 1.5} if i % 3 == 0 else {}) for i in range(1, 31)]
+    write_lines(folder / "ppo/timings.jsonl", iterations_)
     write_lines(folder / "evaluation/samples.jsonl", samples(rng, count))
     write_object(folder / "evaluation/policies.json", POLICIES)
     write_object(folder / "evaluation/wins.json", WINS)

@@ -11,6 +11,9 @@ import pytest
 from pages import Page, hostile
 
 from tercet.report import write_report
+from tercet.report.load import load_run
+from tercet.report.tables import machine_time
+from tercet.report.text import duration
 
 
 def written(folder: Path) -> tuple[str, Page]:
@@ -44,6 +47,16 @@ def test_a_full_run(new_run) -> None:
     assert "PPO gained as much as the best of about" in html and "at equal length <b>77" in html
     for title in ("Can its confidence be believed?", "Accuracy by margin", "Scores", "Gold score", "Second reward model’s score"):
         assert f"<b>{title}</b>" in html
+
+
+def test_the_time_of_every_stage(new_run) -> None:
+    """30 steps of 1.5 s each; of PPO 30 iterations of 2 s, by phase, and 10 evaluations of 1.5 s."""
+    table = machine_time(load_run(new_run(steps=6, iterations=4, count=9)))
+    assert table is not None
+    wanted = {"Supervised fine-tuning": (45.0, 1.5), "Reward model": (45.0, 1.5), "PPO": (75.0, 2.5)}
+    assert {name: cells[:3] for name, _, cells in table.rows} == {
+        name: [duration(total), "30", duration(each)] for name, (total, each) in wanted.items()
+    }
 
 
 def test_a_loss_is_not_called_a_gain_over_fewer_samples(new_run) -> None:
