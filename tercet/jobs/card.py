@@ -71,7 +71,10 @@ def write_card(
 
 
 def card_of_finished(shop: Workshop) -> Figures:
-    """evaluation/reward_card.json, for a reward model that another run, or an earlier version, has trained: nothing is trained for it."""
+    """evaluation/reward_card.json, for a reward model that another run, or an earlier version, has trained: nothing is trained for it.
+
+    Of another run's model the summary has no accuracy yet: it is among the figures, if any pair was held out.
+    """
     card = shop.folder / "evaluation/reward_card.json"
     sets, model = comparison_sets(shop.config), shop.load_scorer(shop.reward_source)
     scores, done = shop.folder / "reward/held_out.json", shop.folder / "reward/done.json"
@@ -82,7 +85,14 @@ def card_of_finished(shop: Workshop) -> Figures:
         return write_card(shop, card, model, sets, pairs, sft_samples(shop), scale)
     data = tokenise(sets.held_out, shop.template, shop.config.reward.max_length)
     pairs = score_pairs(shop.stage_run("reward", "reward"), model, data)
-    return write_card(shop, card, model, sets, pairs, sft_samples(shop))
+    found = write_card(shop, card, model, sets, pairs, sft_samples(shop))
+    if shop.config.reward.use is not None and pairs:
+        low, high = accuracy_interval(pairs, shop.config.seed)
+        found |= {"reward.eval_accuracy": float(_column(pairs, "correct").mean()), "reward.eval_pairs": len(pairs)}
+        found |= {"reward.eval_accuracy_low": low, "reward.eval_accuracy_high": high}
+    if model.offset:  # normalised: its differences are no longer those of the ranking loss, which a temperature is about
+        found = {name: value for name, value in found.items() if name not in ("reward.temperature", "reward.calibration_error")}
+    return found
 
 
 def accuracy_figures(pairs: Sequence[Pair], held_out: Sequence[Comparison], seed: int) -> Figures:

@@ -129,6 +129,22 @@ class TestAFinishedRunAsStart:
         other = lines(fresh / "ppo/metrics.jsonl")[0]
         assert abs(other["kl"]) < 1e-5 and other["explained_variance"] != first["explained_variance"]
 
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_what_reward_use_is_worth_is_in_the_verdict(self, runs: Any, tmp_path: Path, summary: Summary, swapped: bool) -> None:
+        """A model that likes long responses, on comparisons whose chosen or, swapped, rejected response is the longer one."""
+        earlier = runs.run("sft", "reward", reward={"epochs": 6}, output=str(tmp_path / "earlier"))
+        rows = [json.loads(line) for line in (runs.data / "comparisons.jsonl").read_text().splitlines()]
+        pairs = [(row["rejected"], row["chosen"]) if swapped else (row["chosen"], row["rejected"]) for row in rows]
+        asked = [{"prompt": row["prompt"], "chosen": a, "rejected": b} for row, (a, b) in zip(rows, pairs)]
+        data = {"sft": None, "eval_comparisons": runs.write("asked.jsonl", asked)}
+        folder = runs.run(data=data, reward={"use": str(earlier / "reward/model")}, ppo={"iterations": 1})
+        figures, card = summary(folder), json.loads((folder / "evaluation/reward_card.json").read_text())
+        found = {name: figures[f"reward.eval_{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs")}
+        assert found == {name: card[name] for name in found} and found["pairs"] == 60
+        causes = {finding["cause"] for finding in figures["verdict"]}
+        assert ("reward_inverted" in causes) == swapped and ("reward_good" in causes) != swapped
+        assert "reward.temperature" not in figures, "after normalisation its differences are no log-odds"
+
     def test_of_another_vocabulary(self, runs: Any) -> None:
         """Its ids mean other texts; the score of such a model would be noise."""
         foreign = write_checkpoint(runs.folder / "foreign", classifier("gpt2", vocabulary=300), bpe_tokenizer())
