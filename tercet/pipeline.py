@@ -86,7 +86,8 @@ class Pipeline:
                     self._explain_breakdown(stages)
                     raise
             else:
-                console.print(f"{self.folder}: {', '.join(chosen)} finished already, nothing to do (redo with --from STAGE)")
+                shown = f"{self.folder}: {', '.join(chosen)} finished already, nothing to do (redo with --from STAGE)"
+                console.print(shown, markup=False)
             if is_main:
                 self._tidy(stages)
                 self.write_summary()
@@ -125,7 +126,7 @@ class Pipeline:
         if any((self.folder / FOLDERS[stage] / "metrics.jsonl").exists() for stage in stages):
             with contextlib.suppress(OSError, TercetError):
                 self.write_summary()
-                console.print(f"what led to it: {self.write_report()}")
+                console.print(f"what led to it: {self.write_report()}", markup=False)
 
     def write_report(self) -> Path:
         from tercet.report import write_report
@@ -203,7 +204,7 @@ class Pipeline:
             if self.config.ppo.learning_rate == "auto":
                 chosen["ppo.learning_rate"] = f"{usual_rate(parameters, self.config.ppo.minibatch):.2g}"
             shown = "  ".join(f"{key} {value}" for key, value in chosen.items())
-            console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {shown}")
+            console.print(f"{self.folder}  {parameters / 1e6:.2f} M parameters  {shown}", markup=False)
             if settings.threads == "auto" and 1 < (cores := len(own_cores())) != machine.threads and parameters >= TINY_MODEL:
                 console.print(
                     f"{cores - machine.threads} of {cores} cores are busy with other work and left to it; machine.threads: {cores} takes all"

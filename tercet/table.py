@@ -44,7 +44,7 @@ def print_summary(result: RunResult) -> None:
             console.print(f"PPO preferred to SFT {label}: {_interval(summary, key)}")
     _print_verdict(summary.get("verdict", []), console)
     report = result.folder / "report.html"
-    console.print(f"report: {report}" if report.exists() else f"run folder: {result.folder}")
+    console.print(f"report: {report}" if report.exists() else f"run folder: {result.folder}", markup=False)
 
 
 def _print_verdict(verdict: Sequence[Mapping[str, str]], console: Console) -> None:

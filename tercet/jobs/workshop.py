@@ -111,7 +111,9 @@ class Workshop:
                 return self.backbone(source).reference
         policy = Policy(self._causal_lm(source, dropout), self.machine.dtype).eval()
         if policy.own_logits:
-            console.print(f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)")
+            console.print(
+                f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)", markup=False
+            )
         if not frozen:
             return self._to_train(policy)
         policy.freeze()

@@ -91,7 +91,7 @@ class StageRun:
         self.world.barrier()
         checkpoint, complaints = self.checkpoints.latest()
         for complaint in complaints:
-            console.print(f"[yellow]{complaint}")
+            console.print(complaint, style="yellow", markup=False)
         done = checkpoint.step if checkpoint else 0
         if self.world.is_main:
             highest = [journal.cut_after(done) for journal in self._journals]
