@@ -73,21 +73,30 @@ class Config(Section):
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 where 1.1 surprises: 1e-5 is a number, a key given twice is an error."""
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Looks for keys given twice here, before merge keys (<<) add those that may stand there too: the mapping's own win."""
+        node = super().compose_mapping_node(anchor)
+        keys = [_key(self, key) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise TercetError(f"{node.start_mark.name}: the key {twice!r} is given twice: remove one of them")
+        return node
+
+
+def _key(loader: _Loader, key: yaml.ScalarNode) -> Any:
+    return key.value if key.tag == "tag:yaml.org,2002:merge" else loader.construct_object(key)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
 
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-    if twice is not None:
-        raise TercetError(f"{node.start_mark.name}: the key {twice!r} is given twice: remove one of them")
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def parse_yaml(text: str, name: str) -> Any:
