@@ -642,7 +642,11 @@ SFT: list[Row] = [
 
 REWARD: list[Row] = [
     ("margins are forgotten", "ranking_loss(scores, ranks, groups, margins=margins)", "ranking_loss(scores, ranks, groups)"),
-    ("ranks of other rows", "data.ranks[rows].unique(return_inverse=True)", "data.ranks[: len(rows)].unique(return_inverse=True)"),
+    (
+        "ranks of other rows",
+        "data.ranks[rows].unique(return_inverse=True)",
+        "data.ranks[: len(rows)].unique(return_inverse=True)",
+    ),
 ]
 
 PPO: list[Row] = [
