@@ -26,7 +26,8 @@ def print_summary(result: RunResult) -> None:
     summary, console = result.summary, Console(highlight=False)
     policies = [name for name in ("base", "sft", "ppo") if f"{name}.score" in summary]
     if policies:
-        table = Table(title="on held-out prompts", title_justify="left", show_edge=False, pad_edge=False)
+        prompts = "held-out prompts" if summary.get("evaluation.held_out") != 0 else "training prompts (none could be held out)"
+        table = Table(title=f"on {prompts}", title_justify="left", show_edge=False, pad_edge=False)
         table.add_column("")
         for policy in policies:
             table.add_column(policy.upper() if policy != "base" else policy, justify="right")

@@ -12,7 +12,7 @@ from tercet.jobs.card import card_of_finished
 from tercet.jobs.comparisons import comparison_sets
 from tercet.jobs.frontier import best_of_n_figures, path_of_ppo
 from tercet.jobs.kept import Kept, Row
-from tercet.jobs.workshop import Workshop
+from tercet.jobs.workshop import Workshop, prompt_sides
 from tercet.runtime.files import write_json, write_text
 from tercet.runtime.metrics import JsonLines
 from tercet.runtime.progress import Bar
@@ -47,7 +47,7 @@ def run_evaluate(shop: Workshop) -> Figures:
     del base
     of_main = {name: [rows[i] for i in main] for name, rows in responses.items()}
     policies, won = compare(of_main, names, config.seed)
-    figures = _flat(policies, won)
+    figures = _flat(policies, won) | {"evaluation.held_out": float(bool(prompt_sides(config)[1]))}
     for group, places in groups.items():
         part = compare({name: [rows[i] for i in places] for name, rows in responses.items()}, names, config.seed)
         figures |= {f"{key}[{group}]": value for key, value in _flat(*part).items()}

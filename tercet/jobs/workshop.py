@@ -240,13 +240,19 @@ def adapter_folder(model: Path) -> Path:
 
 def prompt_records(config: Config, *, held_out: bool) -> list[Prompt]:
     """The prompts to train on, or those held out (all of them where none could be held out)."""
+    train, evaluation = prompt_sides(config)
+    return (evaluation or train)[: config.evaluation.prompts] if held_out else train
+
+
+def prompt_sides(config: Config) -> tuple[list[Prompt], list[Prompt]]:
+    """(prompts to train on, prompts held out); the second may be empty."""
     data = config.data
     assert data.prompts is not None
     train: list[Prompt] = read_prompts(data.prompts)
     evaluation: list[Prompt] = read_prompts(data.eval_prompts) if data.eval_prompts else []
     if not data.eval_prompts:
         train, evaluation = split(train, data.held_out)
-    return (evaluation or train)[: config.evaluation.prompts] if held_out else train
+    return train, evaluation
 
 
 def check_room(config: Config, positions: int | None, source: str) -> None:

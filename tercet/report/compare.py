@@ -12,7 +12,7 @@ import matplotlib
 
 from tercet.report import tables
 from tercet.report.curves import CURVES, Plot
-from tercet.report.findings import Finding
+from tercet.report.findings import Finding, judged_by
 from tercet.report.frontier import line_of_gains, root_ticks
 from tercet.report.load import RunData, load_run, records
 from tercet.report.page import fill, sentence, write_page
@@ -68,7 +68,10 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
     columns = [Column(name, role, run, verdict(run)) for name, role, run in zip(names, ROLES, loaded)]
     page = fill(
         "compare.html",
-        columns=[(column.name, column.role, sentence(column.findings), column.findings[0].level) for column in columns],
+        columns=[
+            (column.name, column.role, sentence(column.findings, judged_by(column.run)), column.findings[0].level)
+            for column in columns
+        ],
         figures=_figures(columns),
         settings=_settings(columns),
         gains=[plot for judge in GAINS if (plot := _gains(columns, judge)) is not None],

@@ -69,7 +69,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         Curve("finished", "Ended by EOS", "share of responses", marks=(("sft.finished", "SFT"),), share=True),
         Curve("clip_fraction", "Clip fraction", "share of tokens outside the clip range", share=True),
         Curve("explained_variance", "Explained variance", "of the returns, by the value model", marks=((0.0, "nothing"),)),
-        Curve("gold", "Gold score", "the truth, on held-out prompts", marks=(("gold.sft", "SFT"),)),
+        Curve("gold", "Gold score", "the truth, on the prompts of evaluation", marks=(("gold.sft", "SFT"),)),
         Curve("judge", "Judge's score", "by a model that PPO never saw"),
         Curve("distinct2", "Distinct bigrams", "share", marks=(("sft.distinct2", "SFT"),), more=True),
         Curve("reward", "Reward", "score minus kl_coef × KL", more=True),
@@ -93,7 +93,8 @@ def stage_plots(run: RunData, stage: str) -> list[Plot]:
 
 
 def _plot(run: RunData, stage: str, curve: Curve) -> Plot | None:
-    sources = [(curve.key, "training", "main"), (curve.held_out, "held-out", "held-out")]
+    apart = "evaluation" if stage == "ppo" and run.value("evaluation.held_out") == 0 else "held-out"
+    sources = [(curve.key, "training", "main"), (curve.held_out, apart, "held-out")]
     if curve.third:
         sources.append((*curve.third, "third"))
     lines = [_line(run, stage, key, label, role) for key, label, role in sources if key]

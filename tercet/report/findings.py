@@ -46,6 +46,16 @@ def fault(rule: str, value: float, text: str, figure: str, *, stage: str = "", l
 STAGE_NAMES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "The reward model", "ppo": "PPO"}
 
 
+def on_prompts(run: RunData) -> str:
+    """On which prompts the policies were evaluated."""
+    return "training prompts (none could be held out)" if run.value("evaluation.held_out") == 0 else "held-out prompts"
+
+
+def judged_by(run: RunData) -> str:
+    """Who gave the headline's win rate, where that is no other judge than the score that PPO maximised; else ""."""
+    return "by the score that PPO was trained on" if run.summary.get("win_rate_by") == "the training score" else ""
+
+
 def interval_of_mean(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): 95 % normal interval. One value has no spread: the interval is infinite."""
     mean = statistics.fmean(values)

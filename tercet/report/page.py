@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from tercet.report import card, frontier, tables
 from tercet.report.curves import Plot, stage_plots
-from tercet.report.findings import Finding
+from tercet.report.findings import Finding, judged_by
 from tercet.report.load import STAGES, RunData, load_run
 from tercet.report.samples import shelves
 from tercet.report.text import curly, plain, show_count
@@ -53,7 +53,7 @@ def render(run: RunData) -> str:
         script=resource("page.js"),
         name=plain(run.name, 120),
         findings=findings,
-        headline=sentence(findings),
+        headline=sentence(findings, judged_by(run)),
         figures=tables.headline(run),
         comparison=tables.comparison(run),
         wins=tables.wins(run),
@@ -95,8 +95,8 @@ def _split(plots: list[Plot]) -> tuple[list[Plot], list[Plot]]:
     return [plot for plot in plots if not plot.more], [plot for plot in plots if plot.more]
 
 
-def sentence(findings: list[Finding]) -> str:
-    """The verdict in one line: the first thing that went wrong; else that nothing did, and what came of it."""
+def sentence(findings: list[Finding], by: str) -> str:
+    """The verdict in one line: the first thing that went wrong; else that nothing did, and what came of it. by: of `judged_by`."""
     errors = [finding for finding in findings if finding.level == "error"]
     warnings = [finding for finding in findings if finding.level == "warning"]
     if errors:
@@ -105,4 +105,4 @@ def sentence(findings: list[Finding]) -> str:
     if warnings:
         return f"{warnings[0].title}" + (f", and {show_count(len(warnings) - 1, 'more warning')}" if len(warnings) > 1 else "")
     won = next((finding.figure for finding in findings if finding.rule == "win_rate_good"), None)
-    return findings[0].title + (f": PPO wins {won} against SFT" if won else "")
+    return findings[0].title + (f": PPO wins {won} against SFT {by}".rstrip() if won else "")

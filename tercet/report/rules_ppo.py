@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 
 from tercet.report.causes import CAUSES
-from tercet.report.findings import FEW_LINES, Finding, Level, Rule, fault, gains, interval_of_mean, last
+from tercet.report.findings import FEW_LINES, Finding, Level, Rule, fault, gains, interval_of_mean, judged_by, last, on_prompts
 from tercet.report.load import RunData, number
 from tercet.report.text import THIN, percent, plain, short, signed
 
@@ -85,7 +85,7 @@ def _score(run: RunData) -> Iterable[Finding]:
         between = ""
     else:
         return
-    text = f"On held-out prompts the score changed by {signed(gain)}{between}."
+    text = f"On {on_prompts(run)} the score changed by {signed(gain)}{between}."
     found = list(fault("score_fell", high, text, signed(gain)))
     found = found or list(fault("score_flat", low if low != 0 else -1.0, text, signed(gain)))
     yield from found or [Finding("ok", "PPO raised the reward", text, signed(gain), "ppo", "score_rose")]
@@ -96,7 +96,8 @@ def _wins(run: RunData) -> Iterable[Finding]:
     if rate is None:
         return
     low, high = rate if low is None else low, rate if high is None else high
-    text = f"Against SFT on held-out prompts it wins {percent(rate)} (95 % interval {percent(low)} to {percent(high)})."
+    by = judged_by(run) and f", {judged_by(run)}"
+    text = f"Against SFT on {on_prompts(run)} it wins {percent(rate)}{by} (95 % interval {percent(low)} to {percent(high)})."
     found = list(fault("win_rate_low", high, text, percent(rate)))
     found = found or list(fault("win_rate_even", low if low != 0.5 else 0.0, text, percent(rate)))
     against = list(_other_judges(run, rate))

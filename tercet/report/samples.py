@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tercet.report.findings import on_prompts
 from tercet.report.load import Record, RunData, number
 from tercet.report.text import percent, plain, short, signed
 
@@ -83,7 +84,7 @@ def shelves(run: RunData) -> tuple[str, list[Shelf]]:
     chosen = [row for _, _, rows in parts for row in rows]
     more = _within_budget(chosen, _spread(others, MOST_SAMPLES - len(chosen)))
     said = (
-        f"{total} held-out prompts, put in order of PPO's score minus SFT's. {percent(up / total)} gained; the median change is "
+        f"{total} {on_prompts(run)}, put in order of PPO's score minus SFT's. {percent(up / total)} gained; the median change is "
         f"{signed(gain(scored[total // 2]) or 0.0)}. "
     )
     said += "All of them are here" if len(chosen) + len(more) == total else f"{len(chosen) + len(more)} of them are here"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from tercet.report.findings import accuracy_interval
+from tercet.report.findings import accuracy_interval, judged_by, on_prompts
 from tercet.report.load import STAGES, Record, RunData, number
 from tercet.report.text import MINUS, THIN, duration, percent, plain, short, signed, tenths
 
@@ -87,7 +87,7 @@ def comparison(run: RunData) -> Table | None:
     if not rows:
         return None
     head = [POLICY_NAMES.get(name, plain(name, 40)) for name in policies]
-    return Table("On held-out prompts", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
+    return Table(f"On {on_prompts(run)}", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
 
 
 def _of_policy(run: RunData, policy: str, key: str) -> float | None:
@@ -147,8 +147,8 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     found = []
     if (rate := run.value("win_rate")) is not None:
         low, high = run.value("win_rate_low"), run.value("win_rate_high")
-        note = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else "on held-out prompts"
-        found.append((percent(rate), "PPO wins over SFT", note))
+        note = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else f"on {on_prompts(run)}"
+        found.append((percent(rate), "PPO wins over SFT", ", ".join(filter(None, (note, judged_by(run))))))
     sft, ppo, spread = run.value("gold.sft"), run.value("gold.ppo"), run.value("gold.sft_std")
     if sft is not None and ppo is not None:
         note = f"{short(sft)} to {short(ppo)}" + (f"; one SD is {short(spread)}" if spread else "")

@@ -14,6 +14,8 @@ from model_zoo import bert, bpe_tokenizer, classifier, word_tokenizer, write_che
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tercet
+from tercet.pipeline import RunResult
+from tercet.table import print_summary
 from tercet.types import TercetError
 
 Lines = Callable[[Path], list[dict[str, Any]]]
@@ -182,7 +184,7 @@ class TestSomeStagesOnly:
         assert "score_offset" not in config or config["score_offset"] == 0
 
 
-def test_the_smallest_data_there_is(runs: Any, lines: Lines, summary: Summary) -> None:
+def test_the_smallest_data_there_is(runs: Any, lines: Lines, summary: Summary, capsys: pytest.CaptureFixture[str]) -> None:
     """Two demonstrations, one comparison, one prompt: nothing can be held out, no judge, and the run still ends in a report."""
     data = {
         "sft": runs.write("two.jsonl", [{"prompt": "What is rain?", "response": text} for text in ("Water.", "It falls.")]),
@@ -196,4 +198,9 @@ def test_the_smallest_data_there_is(runs: Any, lines: Lines, summary: Summary) -
     assert all("eval_loss" not in row for stage in ("sft", "reward") for row in lines(folder / stage / "metrics.jsonl"))
     assert len(lines(folder / "evaluation/samples.jsonl")) == 1 and figures["win_rate"] in (0.0, 0.5, 1.0)
     assert len({row["response"] for row in lines(folder / "ppo/rollouts.jsonl")}) > 1, "one prompt, eight different samples"
-    assert (folder / "report.html").exists()
+    page, told = (folder / "report.html").read_text(), " ".join(finding["sentence"] for finding in figures["verdict"])
+    assert figures["evaluation.held_out"] == 0.0
+    assert "held-out prompts" not in page + told and "On training prompts (none could be held out)" in page
+    assert "n training prompts (none could be held out)" in told
+    print_summary(RunResult(folder, figures))
+    assert "on training prompts (none could be held out)" in " ".join(capsys.readouterr().out.split())

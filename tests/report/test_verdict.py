@@ -3,8 +3,11 @@ import math
 import pytest
 
 from tercet.report.causes import CAUSES
-from tercet.report.findings import interval_of_mean, wilson
+from tercet.report.findings import interval_of_mean, judged_by, wilson
 from tercet.report.load import RunData, load_run
+from tercet.report.page import sentence
+from tercet.report.samples import shelves
+from tercet.report.tables import comparison, headline
 from tercet.report.verdict import verdict, verdict_of
 
 
@@ -257,6 +260,29 @@ def test_a_win_that_another_judge_denies_is_not_called_one() -> None:
         for rate in (0.6, 0.1)
     ]
     assert "win_rate_good" in rules[0] and not rules[1] & {"win_rate_good", "healthy"} and "judge_disagrees" in rules[1]
+
+
+def test_a_win_by_the_score_that_was_trained_on_is_called_so() -> None:
+    """In the sentence, the headline and the figure; a second reward model needs no such words."""
+    won = {"win_rate": 0.97, "win_rate_low": 0.95, "win_rate_high": 0.99}
+    by = "by the score that PPO was trained on"
+    for judge, wanted in (("the training score", True), ("the second reward model", False), (None, False)):
+        run = RunData(summary=won | {"win_rate_by": judge})
+        (found,) = [one for one in verdict(run) if one.rule == "win_rate_good"]
+        told = (found.text, sentence(verdict(run), judged_by(run)), headline(run)[0][2])
+        assert [by in one for one in told] == [wanted] * 3, told
+        assert "PPO wins 97\u202f% against SFT" in told[1] and told[1] == told[1].strip()
+
+
+def test_what_was_measured_on_training_prompts_is_not_called_held_out() -> None:
+    samples = gains(1.0, 1.1, 0.9)
+    for held_out, wanted in ((0.0, "training prompts (none could be held out)"), (1.0, "held-out prompts")):
+        run = RunData(summary={"win_rate": 0.9, "evaluation.held_out": held_out, "sft.score": 1.0}, samples=samples)
+        table = comparison(run)
+        assert table is None or table.caption == f"On {wanted}"
+        assert f"on {wanted}" in headline(run)[0][2] and f" {wanted}, put in order" in shelves(run)[0]
+        told = {one.rule: one.text for one in verdict(run)}
+        assert f"On {wanted} the score" in told["score_rose"] and f"Against SFT on {wanted} it wins" in told["win_rate_good"]
 
 
 def test_what_went_wrong_leads_and_earlier_stages_come_first() -> None:
