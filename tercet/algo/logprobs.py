@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tercet.algo.masks import at_least_float32
-from tercet.algo.products import by_rows, head_centre, head_rows, pieces, product_dtype
+from tercet.algo.products import by_rows, head_centre, head_rows, pieces, product_dtype, transposed_product
 
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
@@ -158,7 +157,7 @@ class _Head:
 
     def product(self, states: Tensor, weight: Tensor, span: slice) -> Tensor:
         """A chunk's logits before the temperature, in the products' precision."""
-        return F.linear(states, weight, None if self.bias is None else self.bias[span].to(self.dtype))
+        return by_rows(states, weight, None if self.bias is None else self.bias[span].to(self.dtype))
 
     def scan(self, states: Tensor, targets: Tensor, with_entropy: bool, kept: _Kept) -> tuple[Tensor, Tensor, Tensor | None]:
         """For each state log Z, the target's logit and the entropy, from one pass over the vocabulary."""
@@ -211,7 +210,7 @@ class _Head:
             slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)  # p - 1 with all its digits, also where p is nearly 1
             for_states += by_rows(slope, weight.t(), None)
             if for_weight is not None:
-                gradient = slope.t() @ scaled
+                gradient = transposed_product(slope, scaled)
                 if fresh:
                     for_weight[span] = gradient
                 else:

@@ -16,7 +16,16 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from tercet.algo.products import by_rows, contiguous, head_centre, head_rows, onednn_computes, product_dtype
+from tercet.algo.products import (
+    by_rows,
+    contiguous,
+    head_centre,
+    head_rows,
+    onednn_computes,
+    onednn_multiplies,
+    product_dtype,
+    transposed_product,
+)
 from tercet.models.attention import active_packing
 
 
@@ -57,7 +66,7 @@ class _OneDNNGELU(torch.autograd.Function):
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """Let the linear layers of a model that computes in bfloat16 on a CPU multiply in the shapes that oneDNN is fast at."""
+    """Let the linear layers of a model on a CPU multiply by oneDNN where that is faster, and in the shapes that it is fast at."""
     for module in model.modules():
         if type(module) in _FAST:
             module.__class__ = _FAST[type(module)]
@@ -65,9 +74,10 @@ def use_fast_products(model: nn.Module) -> None:
 
 class _FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if product_dtype(self.weight) is not torch.bfloat16:
+        x = x.to(product_dtype(self.weight))
+        if not _multiplies(x, self.out_features):
             return super().forward(x)
-        product: Tensor = _Product.apply(x.bfloat16(), self.weight, self.bias)
+        product: Tensor = _Product.apply(x, self.weight, self.bias)
         return product
 
 
@@ -76,25 +86,31 @@ class _FastConv1D(Conv1D):
     with a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if product_dtype(self.weight) is not torch.bfloat16:
+        x = x.to(product_dtype(self.weight))
+        if not _multiplies(x, self.nf):
             forwarded: Tensor = super().forward(x)
             return forwarded
-        product: Tensor = _Product.apply(x.bfloat16(), self.weight.t(), self.bias)
+        product: Tensor = _Product.apply(x, self.weight.t(), self.bias)
         return product
+
+
+def _multiplies(x: Tensor, width: int) -> bool:
+    # Of a processor without bfloat16, too: autocast would keep rounded weights until the backward pass.
+    return x.dtype is torch.bfloat16 or onednn_multiplies(x, width)
 
 
 _FAST = {nn.Linear: _FastLinear, Conv1D: _FastConv1D}
 
 
 class _Product(torch.autograd.Function):
-    """x (..., i) @ weight (o, i)^T + bias (o,), in bfloat16. A float32 weight is rounded for the forward and again for the backward
-    product, lest half a model more be in memory between the two; autograd makes its gradient float32."""
+    """x (..., i) @ weight (o, i)^T + bias (o,), in the precision of x. A float32 weight is rounded for a bfloat16 forward and again for
+    the backward product, lest half a model more be in memory between the two; autograd makes its gradient float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(rows, weight)
-        product = by_rows(rows, weight.bfloat16(), None if bias is None else bias.bfloat16())
+        product = by_rows(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return product.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -103,12 +119,12 @@ class _Product(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, len(weight))
         for_x = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = by_rows(gradient, weight.bfloat16().t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
+            for_x = by_rows(gradient, weight.to(rows.dtype).t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
         if ctx.needs_input_grad[1]:  # in the memory layout that the weight has
             in_rows = weight.is_contiguous()
-            for_weight = _transposed_product(gradient, rows) if in_rows else _transposed_product(rows, gradient).t()
+            for_weight = transposed_product(gradient, rows) if in_rows else transposed_product(rows, gradient).t()
         if ctx.needs_input_grad[2]:
-            # Summed in float32, rounded like the weight's: to ask for float32 would copy all of it first.
+            # In the gradient's own precision, summed in float32: to ask for float32 would copy all of it first.
             for_bias = gradient.sum(0)
         return for_x, for_weight, for_bias
 
@@ -159,13 +175,6 @@ class _AdaptedProduct(torch.autograd.Function):
         return for_x, None, None, (for_low.t() @ rows).to(down.dtype), for_up, None
 
 
-def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T @ right. A large and wide result is faster from a copy of left^T: 768 x 1,088 x 3,072 took 2.5 instead of 3.3 ms."""
-    width, height = right.shape[1], left.shape[1]
-    transposed = left.t()
-    return (contiguous(transposed) if height < width and height * width >= 2**20 else transposed) @ right
-
-
 def recompute_activations(model: nn.Module) -> None:
     """Let each layer keep its inputs alone for the backward pass and compute the rest anew (Chen 2016). Numbers stay the same.
 
@@ -190,20 +199,22 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Module | None = None) -> Iterator[None]:
-    """Let the linear layers of a model that computes in bfloat16 multiply about `rows` rows at a time from a rounded copy of their
-    weights, on a CPU in oneDNN's own layout. For inference alone: the copy neither gives gradients nor follows changes. head: the
-    output layer where only a softmax sees its logits, computed without what its rows have in common (head_centre).
+    """Let the linear layers of a model that computes in `dtype` multiply about `rows` rows at a time from a copy of their weights:
+    rounded to bfloat16 where it computes so, on a CPU in oneDNN's own layout. For inference alone: the copy neither gives gradients nor
+    follows changes. head: the output layer where only a softmax sees its logits, computed without what its rows have in common
+    (head_centre).
 
     oneDNN brings a weight into that layout at every product, which takes as long as multiplying a few rows: a decoding step of
     GPT-2 with 16 rows took 32 instead of 39 ms.
     """
     layers: list[Any] = []
-    if dtype is torch.bfloat16 and not torch.is_grad_enabled():
-        layers = [module for module in model.modules() if type(module) in (*_FAST, *_FAST.values())]
+    if not torch.is_grad_enabled():
+        linear: list[Any] = [module for module in model.modules() if type(module) in (*_FAST, *_FAST.values())]
+        layers = [layer for layer in linear if dtype is torch.bfloat16 or onednn_multiplies(layer.weight, rows, least=2**20)]
     layers += [module for module in model.modules() if layers and _has_adapter(module)]
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = _packed(layer, rows, centred=layer is head)
+        layer.forward = _packed(layer, rows, dtype, centred=layer is head)
     try:
         yield
     finally:
@@ -213,25 +224,25 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
                 layer.forward = forward
 
 
-def _packed(layer: Any, rows: int, *, centred: bool) -> Callable[[Tensor], Tensor]:
+def _packed(layer: Any, rows: int, dtype: torch.dtype, *, centred: bool) -> Callable[[Tensor], Tensor]:
     """What computes the layer's product from a rounded copy of its weight; of an adapter's layer when its parts are packed already."""
     if _has_adapter(layer):
         down, up = layer.lora_A["default"], layer.lora_B["default"]
-        return functools.partial(_packed_sum, layer.base_layer.forward, down.forward, up.forward, layer.scaling["default"])
+        return functools.partial(_packed_sum, layer.base_layer.forward, down.forward, up.forward, layer.scaling["default"], dtype)
     weight = (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach()
-    weight = head_rows(weight, torch.bfloat16, head_centre(weight, torch.bfloat16) if centred else None)
-    bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+    weight = head_rows(weight, dtype, head_centre(weight, dtype) if centred else None)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     if not onednn_computes(weight):
         return functools.partial(F.linear, weight=weight, bias=bias)
-    return functools.partial(_packed_product, torch.ops.mkldnn._reorder_linear_weight(contiguous(weight), rows), bias)
+    return functools.partial(_packed_product, torch.ops.mkldnn._reorder_linear_weight(contiguous(weight), rows), bias, dtype)
 
 
-def _packed_sum(base: Any, down: Any, up: Any, scale: float, x: Tensor) -> Tensor:
-    x = x.bfloat16()
+def _packed_sum(base: Any, down: Any, up: Any, scale: float, dtype: torch.dtype, x: Tensor) -> Tensor:
+    x = x.to(dtype)
     product: Tensor = base(x)
     return product.add_(up(down(x)), alpha=scale)
 
 
-def _packed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, "none", [], "")
+def _packed_product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "none", [], "")
     return product

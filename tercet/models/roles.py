@@ -39,7 +39,7 @@ class _Role(nn.Module):
         with self.autocast():
             self._packs = use_packed_attention(self.model) and _is_indifferent_to_packing(self.model.base_model)
         self._window = attention_window(self.model)
-        if compute_dtype is torch.bfloat16 and self.model.device.type == "cpu":
+        if self.model.device.type == "cpu":
             use_fast_products(self.model.base_model)
 
     @property

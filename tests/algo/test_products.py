@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tercet.algo import products
-from tercet.algo.products import by_rows, contiguous, onednn_computes, product_dtype
+from tercet.algo.products import by_rows, contiguous, onednn_computes, onednn_multiplies, product_dtype, transposed_product
 
 
 @pytest.fixture
@@ -69,6 +70,64 @@ def test_a_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(by_rows(x, weight, None), torch.nn.functional.linear(x, weight))
 
 
-def test_other_precisions_are_torchs_own() -> None:
+@pytest.fixture(params=[True, False], ids=["MKL holds back", "MKL is itself"])
+def holds_back(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(products, "_mkl_holds_back", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [3, 900])
+def test_float32_goes_to_onednn_where_mkl_holds_back_and_there_is_much_to_multiply(
+    rows: int, with_bias: bool, holds_back: bool, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 200), torch.randn(120, 200), torch.randn(120) if with_bias else None
+    parts: list[int] = []
+    product = products._product
+    monkeypatch.setattr(products, "_product", lambda x, *rest: parts.append(len(x)) or product(x, *rest))  # type: ignore[func-returns-value]
+    for layout in (weight, weight.t().contiguous().t()):
+        found = by_rows(x, layout, bias)
+        wanted = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert parts == ([900, 900] if rows == 900 and holds_back else [])
+    assert not onednn_multiplies(x.double(), 120)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2000, 40, 130), (2000, 130, 40), (300, 768, 1400)])
+def test_the_gradient_of_a_weight(shape: tuple[int, int, int], dtype: torch.dtype, holds_back: bool) -> None:
+    torch.manual_seed(0)
+    rows, height, width = shape
+    left, right = torch.randn(rows, height).to(dtype), torch.randn(rows, width).to(dtype)
+    found = transposed_product(left, right)
+    wanted = left.double().t() @ right.double()
+    assert found.dtype is dtype and found.is_contiguous()
+    assert (found.double() - wanted).abs().max() <= 16 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_only_amds_wide_processors_have_an_mkl_that_holds_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_back = products._mkl_holds_back.__wrapped__
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for vendor, capability, wanted in (
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+    ):
+        monkeypatch.setattr(products, "_vendor", lambda vendor=vendor: vendor)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert held_back() is wanted
+
+
+def test_the_processors_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t: fpu\nprocessor\t: 1\nvendor_id\t: AuthenticAMD\n"
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: lines)
+    assert products._vendor() == "AuthenticAMD"
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: "Processor : ARMv8\n")
+    monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD")
+    assert products._vendor() == "AuthenticAMD"
+
+
+def test_small_products_in_float32_are_torchs_own() -> None:
     x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
     assert torch.equal(by_rows(x, weight, bias), torch.nn.functional.linear(x, weight, bias))

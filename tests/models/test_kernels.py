@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from tercet.algo import products
 from tercet.models.kernels import (
     fuse_activations,
     packed_weights,
@@ -97,12 +98,28 @@ def test_float32_weights_are_rounded_for_the_product_and_get_float32_gradients()
             torch.testing.assert_close(wide(x), rounded(x), rtol=0.02, atol=0.02)
 
 
-def test_layers_in_float32_keep_their_own_product():
-    plain = layers().float()
-    fast = copy.deepcopy(plain)
+@pytest.mark.parametrize("holds_back", [True, False])
+def test_layers_in_float32_take_onednns_product_where_it_is_faster(holds_back: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "_mkl_holds_back", lambda: holds_back)
+    torch.manual_seed(0)
+    plain = nn.Sequential(Conv1D(400, 240), nn.Linear(400, 160, bias=False), Conv1D(80, 160), nn.Linear(80, 4))
+    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     use_fast_products(fast)
-    x = torch.randn(5, 24)
-    assert torch.equal(fast(x), plain(x))
+    made: list[int] = []
+    own = products._product
+    monkeypatch.setattr(products, "_product", lambda x, *rest: made.append(len(x)) or own(x, *rest))
+    x = torch.randn(2, 700, 240)
+    inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    slope = torch.randn(2, 700, 4)
+    for model, given in zip((fast, exact), inputs):
+        model(given).backward(slope.to(given.dtype))
+    assert bool(made) is holds_back
+    assert holds_back or torch.equal(fast(x), plain(x))
+    torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=1e-4, atol=1e-5)
+    for found, wanted in zip((inputs[0], *fast.parameters()), (inputs[1], *exact.parameters())):
+        assert found.grad is not None and wanted.grad is not None
+        assert found.grad.dtype is torch.float32 and found.grad.stride() == found.stride()
+        assert (found.grad.double() - wanted.grad).norm() <= 1e-5 * wanted.grad.norm()
 
 
 def test_packed_weights_give_the_same_products_and_go_again():
@@ -114,8 +131,18 @@ def test_packed_weights_give_the_same_products_and_go_again():
         torch.testing.assert_close(packed(x), plain(x), rtol=0.02, atol=0.02)
         assert packed(x[:2]).shape == (2, 1, 8)
     assert not any("forward" in vars(layer) for layer in packed)
-    with torch.no_grad(), packed_weights(plain.float(), 3, torch.float32):
-        assert not any("forward" in vars(layer) for layer in plain), "float32 is left alone"
+
+
+@pytest.mark.parametrize("holds_back", [True, False])
+def test_float32_weights_are_packed_where_that_is_faster(holds_back: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "_mkl_holds_back", lambda: holds_back)
+    model = nn.Sequential(Conv1D(2100, 50), nn.Linear(2100, 60), Conv1D(8, 60))  # the last is small
+    x = torch.randn(10, 50)
+    wanted = model(x)
+    with torch.no_grad(), packed_weights(model, 10, torch.float32):
+        assert ["forward" in vars(layer) for layer in model] == [holds_back, holds_back, False]
+        for rows in (10, 3):
+            torch.testing.assert_close(model(x[:rows]), wanted[:rows], rtol=1e-4, atol=1e-5)
 
 
 def test_a_packed_head_leaves_out_what_its_rows_have_in_common():
