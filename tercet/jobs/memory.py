@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tercet.config import Config
-from tercet.models.attention import SHORT
+from tercet.models.attention import keeps_weights
 from tercet.runtime.machine import Machine
 
 MIB, GIB = 2**20, 2**30
@@ -163,14 +163,14 @@ def _activations(stage: str, shape: Shape, load: Load) -> int:
     """What a forward pass keeps for the backward pass, with the logits of a head that learns, and a chunk of logits with its gradients.
 
     By layer and token: the residual stream and what the norms keep; queries, keys and values (rotated ones in float32 also under
-    bfloat16) and attention's weights, or of long texts what the fused kernel keeps (models/attention.py); the inputs of linear layers
+    bfloat16) and attention's weights, or of longer texts what the fused kernel keeps (models/attention.py); the inputs of linear layers
     (each has its own half precision copy), the feed-forward's insides.
     """
     wide, narrow = _wide(load.dtype), _narrow(load.dtype)
     norms = (4 if shape.gated else 2) * shape.width
-    if load.longest[stage] <= SHORT:
+    if keeps_weights(load.longest[stage], load.dtype):
         rotated = shape.query + shape.key_value // 2 if shape.gated else 0
-        attention = wide * (rotated + shape.heads * load.longest[stage]) + narrow * (shape.query + shape.key_value - rotated)
+        attention = wide * rotated + narrow * (shape.query + shape.key_value - rotated + shape.heads * load.longest[stage])
     else:
         attention = wide * (2 * shape.query + shape.key_value)
     copies = 6 if shape.gated and narrow < wide else 3

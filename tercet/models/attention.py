@@ -19,11 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tercet.algo.products import onednn_computes
+
 _NAME = "tercet"
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
-SHORT = 256  # up to here the weights of all pairs of tokens are small enough to keep
+SHORT = 256  # up to here the weights of all pairs of tokens are small enough to keep in float32
 _ROUND = 32  # tokens of a batch are a multiple of this: for each new shape oneDNN compiles new code, and keeps it
-_WIDENED = 2**20  # keys, and as many values, that decoding makes float32 at a time
+_WIDENED = 2**20  # keys that decoding makes float32 at a time
 _UNUSUAL = ("softcap", "s_aux", "position_bias")  # what some models add to attention
 
 
@@ -39,11 +41,10 @@ class _Group:
         """This group's part of (P, h, d) as (rows, L, h, d)."""
         return places[self.start : self.start + self.rows * self.length].view(self.rows, self.length, *places.shape[1:])
 
-    def by_head(self, places: Tensor, heads: int) -> Tensor:
-        """The same as (rows * heads, (h / heads) * L, d) in float32 or wider: the h / heads queries of a key one below the other."""
+    def by_head(self, places: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        """The same as (rows * heads, (h / heads) * L, d) in `dtype`: the h / heads queries of a key one below the other."""
         picked = self.of(places).unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
-        wide = torch.promote_types(places.dtype, torch.float32)
-        copied = torch.empty(picked.shape, dtype=wide, device=places.device).copy_(picked)
+        copied = torch.empty(picked.shape, dtype=dtype, device=places.device).copy_(picked)
         return copied.view(self.rows * heads, -1, places.shape[-1])
 
     def put(self, x: Tensor, heads: int, places: Tensor) -> None:
@@ -158,8 +159,8 @@ def _attention(
     if packing is None:
         return _in_float32(module, query, key, value, attention_mask, **kwargs)
     query, key, value = (x.transpose(1, 2)[0] for x in (query, key, value))
-    unusual = kwargs.get("dropout", 0.0) > 0 or any(kwargs.get(name) is not None for name in _UNUSUAL)
-    if query.device.type == "cpu" and packing.groups[0].length <= SHORT and not unusual:
+    short = keeps_weights(packing.groups[0].length, _mixing_dtype(value))
+    if query.device.type == "cpu" and short and not _is_unusual(kwargs):
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         mixed: Tensor = _ShortTexts.apply(query, key, value, packing, scale)
         return mixed[None], None
@@ -170,6 +171,12 @@ def _attention(
         output, _ = _in_float32(module, q, k, v, None, **kwargs)
         outputs.append(output.flatten(0, 1))
     return packing.together(torch.cat([*outputs, outputs[0][:1]]))[None], None
+
+
+def keeps_weights(length: int, dtype: torch.dtype) -> bool:
+    """Whether the weights of all pairs of tokens are kept for the backward pass, in `dtype`, of texts as long as this. 4 texts of 430
+    tokens of GPT-2 in bfloat16: 0.93 of the time of torch's fused kernel, which computes in float32."""
+    return length <= SHORT * (2 if dtype is torch.bfloat16 else 1)
 
 
 def _in_float32(
@@ -186,15 +193,29 @@ def _in_float32(
 def _decoding(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
-    """The same of one query a row, which reads all keys and values: where the processor has tiles (AMX) in bfloat16, half the bytes.
-    Without them torch's bfloat16 kernel takes twice as long as the float32 one (12 layers of 64 rows of 60 tokens: 41 and 22 ms), and
-    so many rows at a time as stay in the cache, made float32, 18."""
-    if _has_tiles():
+    """The same of one query a row, (B, 1, h, d), which reads all keys and values: where the processor has tiles (AMX) by torch's own
+    kernel in bfloat16. Without them that kernel takes long: 12 layers of 64 rows of 56 tokens took 32 ms on two Zen 5 cores, on copies
+    made float32 17, and as two products, the first of keys made float32 so many rows at a time as stay in the cache, 10."""
+    if _has_tiles() or _is_unusual(kwargs):
         return _sdpa(torch.bfloat16, module, query, key, value, attention_mask, **kwargs)
+    heads, dtype = key.shape[1], _mixing_dtype(value)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rows = max(1, _WIDENED // max(1, key[:1].numel()))
     masks = [None] * len(key) if attention_mask is None else attention_mask.expand(len(key), -1, -1, -1).split(rows)
-    parts = zip(query.split(rows), key.split(rows), value.split(rows), masks)
-    return torch.cat([_sdpa(torch.float32, module, *part, **kwargs) for part in parts])
+    mixed = []
+    with torch.autocast("cpu", enabled=False):
+        for q, k, v, mask in zip(query.float().split(rows), key.split(rows), value.split(rows), masks):
+            scores = torch.bmm(q.reshape(len(q) * heads, -1, q.shape[-1]), k.float().flatten(0, 1).transpose(1, 2)).mul_(scale)
+            apart = scores.view(len(q), heads, -1, scores.shape[-1])
+            if mask is not None:
+                apart = apart.masked_fill_(~mask, -torch.inf) if mask.dtype is torch.bool else apart.add_(mask)
+            mixed.append(torch.bmm(scores.softmax(-1).to(dtype), v.to(dtype).flatten(0, 1)))
+    return torch.cat(mixed).view(len(query), 1, query.shape[1], -1).to(query.dtype)
+
+
+def _is_unusual(kwargs: dict[str, Any]) -> bool:
+    """Whether attention is asked for more than softmax(scale * Q K^T + mask) V."""
+    return kwargs.get("dropout", 0.0) > 0 or any(kwargs.get(name) is not None for name in _UNUSUAL)
 
 
 def _sdpa(
@@ -220,23 +241,26 @@ def _has_tiles() -> bool:
 
 
 class _ShortTexts(torch.autograd.Function):
-    """softmax(scale * Q K^T, causal) V of each text, query (N, h, d), key and value (N, heads, d), in float32 or wider.
+    """softmax(scale * Q K^T, causal) V of each text, query (N, h, d), key and value (N, heads, d).
 
-    As three products whose weights are kept, not block by block: for 16 texts of 79 tokens forward and backward took 6.4 ms
-    where torch's fused kernel takes 11.3.
+    As three products whose weights are kept, not block by block: for 16 texts of 79 tokens in float32 forward and backward took 6.4
+    ms where torch's fused kernel takes 11.3. Q K^T is computed in float32 or wider, the weights are rounded to the values' precision
+    (_mixing_dtype) before they mix values, as in flash attention: of a model of 6 million parameters in bfloat16 the log-probabilities
+    are as near to float64's as with all of it in float32 (0.0137 nats), while Q K^T in bfloat16 would make it 0.0146.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
         ctx.packing, ctx.scale = packing, scale
         apart = [x.index_select(0, packing.places) for x in (query, key, value)]
-        mixed = query.new_empty(len(packing.places) + 1, query.shape[1], value.shape[2])
-        kept, heads = [], key.shape[1]
+        mixed = value.new_empty(len(packing.places) + 1, query.shape[1], value.shape[2])
+        kept, heads, dtype = [], key.shape[1], _mixing_dtype(value)
+        wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
             for group in packing.groups:
-                q, k, v = (group.by_head(x, heads) for x in apart)
-                ahead = _causal(k.shape[1], q.shape[1] // k.shape[1], q.dtype)
-                weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+                q, k, v = (group.by_head(x, heads, kind) for x, kind in zip(apart, (wide, wide, dtype)))
+                ahead = _causal(k.shape[1], q.shape[1] // k.shape[1], wide)
+                weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=scale).softmax(-1).to(dtype)
                 group.put(torch.bmm(weights, v), heads, mixed)
                 kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
@@ -247,18 +271,26 @@ class _ShortTexts(torch.autograd.Function):
         packing: Packing = ctx.packing
         saved = ctx.saved_tensors  # asked for once only, for the sake of activation checkpointing
         inputs, kept, heads = saved[:3], saved[3:], saved[1].shape[1]
+        dtype = kept[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
         apart = [x.index_select(0, packing.places) for x in inputs]
         slopes = gradients[0].index_select(0, packing.places).index_fill_(0, packing.pads, 0.0)
         found = [x.new_empty(len(packing.places) + 1, *x.shape[1:]) for x in inputs]
         for group, weights in zip(packing.groups, kept):
-            q, k, v = (group.by_head(x, heads) for x in apart)
-            slope = group.by_head(slopes, heads)
+            q, k, v, slope = (group.by_head(x, heads, dtype) for x in (*apart, slopes))
             for_v = torch.bmm(weights.transpose(1, 2), slope)
-            scores = torch._softmax_backward_data(torch.bmm(slope, v.transpose(1, 2)), weights, -1, weights.dtype)
-            for_q, for_k = torch.bmm(scores, k).mul_(ctx.scale), torch.bmm(scores.transpose(1, 2), q).mul_(ctx.scale)
+            for_weights = torch.bmm(slope, v.transpose(1, 2)).to(wide)
+            scores = torch._softmax_backward_data(for_weights, weights.to(wide), -1, wide).mul_(ctx.scale).to(dtype)
+            for_q, for_k = torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q)
             for gradient, places in zip((for_q, for_k, for_v), found):
                 group.put(gradient, heads, places)
         return *(packing.together(places) for places in found), None, None
+
+
+def _mixing_dtype(value: Tensor) -> torch.dtype:
+    """What the weights that mix values are held and multiplied in: bfloat16 where values are and oneDNN has it, or float32 or wider."""
+    half = value.dtype is torch.bfloat16 and onednn_computes(value)
+    return value.dtype if half else torch.promote_types(value.dtype, torch.float32)
 
 
 @functools.lru_cache(maxsize=32)

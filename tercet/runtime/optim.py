@@ -16,10 +16,10 @@ class Optimizer:
     def __init__(self, module: nn.Module, *, weight_decay: float, max_grad_norm: float, world: World):
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         for embedding in (part for part in module.modules() if isinstance(part, nn.Embedding)):
-            if embedding.weight.requires_grad and embedding.weight.nbytes >= _LARGE and embedding.weight.device.type == "cpu":
-                # Only the rows that were looked up have a gradient: else the rest is zeros, written each time.
-                embedding.sparse = True
-                embedding.weight.register_post_accumulate_grad_hook(_hold_densely)
+            weight = embedding.weight
+            # One of another class may do more than look up (Gemma's scales): its gradient is autograd's.
+            if type(embedding) is nn.Embedding and weight.nbytes >= _LARGE and weight.device.type == "cpu":
+                embedding.register_forward_hook(_add_rows)
         self._max_grad_norm = max_grad_norm
         self._world = world
         fused = all(p.device.type in ("cpu", "cuda") for p in self._named.values())
@@ -87,10 +87,26 @@ class Optimizer:
 _LARGE = 2**25  # bytes; GPT-2's embedding has 154 million
 
 
-def _hold_densely(parameter: Tensor) -> None:
-    """An embedding's gradient comes as the rows that were looked up: AdamW wants all of them."""
-    if parameter.grad is not None and parameter.grad.is_sparse:
-        parameter.grad = torch.zeros_like(parameter).add_(parameter.grad)
+def _add_rows(embedding: nn.Embedding, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Let the gradient of what an embedding looked up be added to the gradient's rows in place. Autograd would write zeros for all
+    other rows; to an output layer's own gradient, where the two share a weight, it would add them in a copy: 31 ms and 154 MB for
+    GPT-2."""
+    if not (output.requires_grad and embedding.weight.requires_grad):
+        return output
+    ids = inputs[0].flatten()
+    looked_up = output.detach().requires_grad_()
+
+    def add(gradient: Tensor) -> None:
+        weight = embedding.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        rows = gradient.reshape(len(ids), -1).to(weight.grad.dtype)
+        if embedding.padding_idx is not None:
+            rows = rows.masked_fill((ids == embedding.padding_idx)[:, None], 0.0)
+        weight.grad.index_add_(0, ids, rows)
+
+    looked_up.register_hook(add)
+    return looked_up
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

@@ -128,13 +128,13 @@ def test_weights_and_training_state_by_hand() -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [32, 128, 320])
+@pytest.mark.parametrize("length", [32, 128, 320, 520])
 def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: str, dtype: torch.dtype, length: int) -> None:
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
     if architecture == "gpt2":
         sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
-        sizes |= {"intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": None}
+        sizes |= {"intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": None}
     config = AutoConfig.for_model(architecture, **{**sizes, "bos_token_id": 0, "eos_token_id": 0})
     policy = Policy(AutoModelForCausalLM.from_config(config).eval(), dtype)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}

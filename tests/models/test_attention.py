@@ -90,6 +90,42 @@ def test_attention_of_packed_texts_is_the_definition(short: int, heads: tuple[in
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False], ids=["oneDNN has bfloat16", "or not"])
+@pytest.mark.parametrize("values_alone", [True, False])
+def test_attention_of_packed_texts_in_bfloat16_is_that_of_float64_up_to_rounding(
+    has_bfloat16: bool, values_alone: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights as of scores around 90, which bfloat16 would round to halves; of a Llama queries and keys come in float32."""
+    monkeypatch.setattr(attention, "onednn_computes", lambda x: has_bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    packing = Packing.of(torch.tensor(LENGTHS), 25)
+    count = len(packing.positions)
+    inputs = [torch.randn(1, 4, count, 8, generator=generator).bfloat16() for _ in range(3)]
+    inputs[0][..., 0], inputs[1][..., 0] = 30.0, 10.0  # the same for all keys: no softmax sees it
+    slope = torch.randn(count, 4, 8, generator=generator).bfloat16()
+    slope[sum(LENGTHS) :] = 0.0
+    module: Any = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 1
+    found = []
+    for dtypes in ([torch.float32 if values_alone else torch.bfloat16] * 2 + [torch.bfloat16], [torch.float64] * 3):
+        given = [x.to(dtype).requires_grad_() for x, dtype in zip(inputs, dtypes)]
+        with packing.active():
+            mixed = attention._attention(module, *given, None, scaling=0.3)[0][0]
+        assert mixed.dtype is dtypes[2]
+        gradients = torch.autograd.grad((mixed * slope.to(mixed)).sum(), given)
+        gradients[1][..., 0] = 0.0  # cancels but for rounding
+        found.append([mixed.detach()[: sum(LENGTHS)], *gradients])
+    for one, exact in zip(*found):
+        assert (one.double() - exact).norm() <= 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "length, dtype, kept", [(256, torch.float32, True), (257, torch.float32, False), (512, torch.bfloat16, True)]
+)
+def test_weights_are_kept_as_long_as_they_are_small(length: int, dtype: torch.dtype, kept: bool):
+    assert attention.keeps_weights(length, dtype) is kept and not attention.keeps_weights(513, dtype)
+
+
 def padded(role: Policy | ScoreModel, ids: Tensor) -> Tensor:
     """What the model gives without packing."""
     return role.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -167,9 +203,9 @@ def test_recomputed_layers_see_the_packing_again():
 
 @pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["all", "grouped"])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [torch.bfloat16, torch.bool, None], ids=str)
 def test_one_bfloat16_query_a_row_is_the_definition(
-    tiles: bool, heads: tuple[int, int], masked: bool, monkeypatch: pytest.MonkeyPatch
+    tiles: bool, heads: tuple[int, int], masked: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ):
     """Decoding, however many rows are widened at a time."""
     monkeypatch.setattr(attention, "_has_tiles", lambda: tiles)
@@ -183,13 +219,14 @@ def test_one_bfloat16_query_a_row_is_the_definition(
     module: Any = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = True, heads[0] // heads[1]
     every = [x.float().repeat_interleave(heads[0] // heads[1], 1) for x in (key, value)]
-    scores = query.float() @ every[0].transpose(2, 3) * 0.3 + (mask.float() if masked else 0.0)
+    scores = query.float() @ every[0].transpose(2, 3) * 0.3 + (mask.float() if masked is not None else 0.0)
+    given = {torch.bfloat16: mask, torch.bool: mask == 0, None: None}[masked]
     wanted = (scores.softmax(-1) @ every[1]).transpose(1, 2)
     found = []
     for widened in (1, 2 * key[0].numel(), 2**20):
         monkeypatch.setattr(attention, "_WIDENED", widened)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            found.append(attention._attention(module, query, key, value, mask if masked else None, scaling=0.3)[0])
+            found.append(attention._attention(module, query, key, value, given, scaling=0.3)[0])
     assert all(one.dtype is torch.bfloat16 and (one.float() - wanted).abs().max() < 0.02 for one in found)
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
 

@@ -123,35 +123,51 @@ def test_frozen_parameters_are_not_touched() -> None:
 class Tied(nn.Module):
     """An embedding that is the output layer too."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, tied: bool, padding: int | None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.embedding, self.head = nn.Embedding(7, 4, padding_idx=padding), nn.Linear(4, 7, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.embedding(ids)).float().square().sum()
+        return (self.head(self.embedding(ids)) - 1).float().square().sum()
 
 
+@pytest.mark.parametrize("padding", [None, 1])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_large_embedding_learns_from_the_rows_looked_up_as_a_small_one_does(
-    tied: bool, monkeypatch: pytest.MonkeyPatch
+    tied: bool, padding: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two micro-batches a step, a row twice in one, three steps."""
     found = []
     for large in (False, True):
         monkeypatch.setattr("tercet.runtime.optim._LARGE", 0 if large else 2**25)
-        module = Tied(tied)
+        module = Tied(tied, padding)
         adam = optimizer(module, max_grad_norm=0.5)
         norms = []
         for ids in ([1, 1, 3], [2, 5], [6, 6, 6]):
             module(torch.tensor(ids)).backward()
             module(torch.tensor([0, 1])).backward()
             norms.append(adam.step(0.1))
-        assert module.embedding.sparse is large
+        assert bool(module.embedding._forward_hooks) is large
+        assert module.embedding(torch.tensor([1])).requires_grad
+        with torch.no_grad():
+            assert not module.embedding(torch.tensor([1])).requires_grad
         found.append((norms, adam.weights()))
     (norms, weights), (large_norms, large_weights) = found
     assert large_norms == pytest.approx(norms, rel=1e-6)
     for name, weight in weights.items():
         torch.testing.assert_close(large_weights[name], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_an_embedding_that_does_more_than_look_up_keeps_autograds_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(ids)
+
+    monkeypatch.setattr("tercet.runtime.optim._LARGE", 0)
+    module = nn.Sequential(Scaled(5, 2))
+    optimizer(module)
+    module(torch.tensor([4, 4])).sum().backward()
+    assert module[0].weight.grad.tolist() == [[0.0, 0.0]] * 4 + [[6.0, 6.0]]
