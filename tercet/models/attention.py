@@ -25,13 +25,14 @@ _NAME = "tercet"
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
 SHORT = 256  # up to here the weights of all pairs of tokens are small enough to keep in float32
 _ROUND = 32  # tokens of a batch are a multiple of this: for each new shape oneDNN compiles new code, and keeps it
-_WIDENED = 2**20  # keys that decoding makes float32 at a time
+_LENGTHS = 8  # of groups are multiples of this: code for others takes half a megabyte each, for these a hundredth of that
+_WIDENED = 2**20  # keys, and as many values, that decoding makes float32 at a time
 _UNUSUAL = ("softcap", "s_aux", "position_bias")  # what some models add to attention
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Texts of similar length, padded to the longest of them: `rows` x `length` of the padded places, from `start` on."""
+    """Texts of similar length, padded to the longest of them or a little more: `rows` x `length` of the padded places, from `start`."""
 
     start: int
     rows: int
@@ -83,11 +84,12 @@ class Packing:
             longest = int(lens[order[0]])
             count = int((lens[order] >= _SIMILAR * longest).sum())
             rows, order = order[:count], order[count:]
-            groups.append(_Group(start, len(rows), longest))
-            steps, last = torch.arange(longest), lens[rows, None] - 1
+            length = longest + -longest % _LENGTHS
+            groups.append(_Group(start, len(rows), length))
+            steps, last = torch.arange(length), lens[rows, None] - 1
             places.append((offsets[rows, None] + torch.minimum(steps, last)).flatten())
             inside.append((steps <= last).flatten())
-            start += len(rows) * longest
+            start += len(rows) * length
         every, real = torch.cat(places), torch.cat(inside)
         where = torch.full((len(tokens) + spare,), len(every))
         where[every[real]] = real.nonzero().squeeze(1)
@@ -194,22 +196,23 @@ def _decoding(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
     """The same of one query a row, (B, 1, h, d), which reads all keys and values: where the processor has tiles (AMX) by torch's own
-    kernel in bfloat16. Without them that kernel takes long: 12 layers of 64 rows of 56 tokens took 32 ms on two Zen 5 cores, on copies
-    made float32 17, and as two products, the first of keys made float32 so many rows at a time as stay in the cache, 10."""
+    kernel in bfloat16. Without them that kernel takes long: 12 layers of 64 rows of 56 tokens took 32 ms on two Zen 5 cores, its
+    float32 one 17, and two products 14, on as many rows at a time, made float32, as stay in the cache. (In bfloat16 the second would
+    take two thirds, but oneDNN keeps half a megabyte of code for each number of tokens.)"""
     if _has_tiles() or _is_unusual(kwargs):
         return _sdpa(torch.bfloat16, module, query, key, value, attention_mask, **kwargs)
-    heads, dtype = key.shape[1], _mixing_dtype(value)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rows = max(1, _WIDENED // max(1, key[:1].numel()))
     masks = [None] * len(key) if attention_mask is None else attention_mask.expand(len(key), -1, -1, -1).split(rows)
     mixed = []
     with torch.autocast("cpu", enabled=False):
-        for q, k, v, mask in zip(query.float().split(rows), key.split(rows), value.split(rows), masks):
-            scores = torch.bmm(q.reshape(len(q) * heads, -1, q.shape[-1]), k.float().flatten(0, 1).transpose(1, 2)).mul_(scale)
-            apart = scores.view(len(q), heads, -1, scores.shape[-1])
+        for q, k, v, mask in zip(query.split(rows), key.split(rows), value.split(rows), masks):
+            k, v = k.float().flatten(0, 1), v.float().flatten(0, 1)
+            scores = torch.bmm(q.float().reshape(len(k), -1, q.shape[-1]), k.transpose(1, 2)).mul_(scale)
             if mask is not None:
+                apart = scores.view(len(q), -1, *scores.shape[1:])
                 apart = apart.masked_fill_(~mask, -torch.inf) if mask.dtype is torch.bool else apart.add_(mask)
-            mixed.append(torch.bmm(scores.softmax(-1).to(dtype), v.to(dtype).flatten(0, 1)))
+            mixed.append(torch.bmm(scores.softmax(-1), v))
     return torch.cat(mixed).view(len(query), 1, query.shape[1], -1).to(query.dtype)
 
 

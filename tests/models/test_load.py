@@ -186,7 +186,7 @@ def test_every_row_that_could_be_sampled_is_read_as_a_token(tmp_path: Path) -> N
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert model.config.pad_token_id == 300 == AutoTokenizer.from_pretrained(tmp_path).pad_token_id
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits.squeeze(-1), wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model(input_ids=ids).logits.squeeze(-1), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [288, 300])
