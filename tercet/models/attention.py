@@ -299,7 +299,8 @@ def _mixing_dtype(value: Tensor) -> torch.dtype:
 @functools.lru_cache(maxsize=32)
 def _causal(length: int, queries: int, dtype: torch.dtype) -> Tensor:
     """What forbids to look ahead, for `queries` queries of each key: (queries * L, L) of 0 and -inf."""
-    return torch.full((length, length), -torch.inf, dtype=dtype).triu_(1).repeat(queries, 1)
+    with torch.inference_mode(False):  # it is kept, for training too
+        return torch.full((length, length), -torch.inf, dtype=dtype).triu_(1).repeat(queries, 1)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

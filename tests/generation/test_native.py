@@ -20,7 +20,7 @@ from tercet.models.load import load_causal_lm
 from tercet.models.roles import Policy
 from tercet.runtime.distributed import World
 from tercet.runtime.optim import Optimizer
-from tercet.types import Sequences, TercetError
+from tercet.types import Sequences, TercetError, TokenRow
 
 EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LENGTHS = (5, 1, 12, 2, 30, 7)
@@ -365,3 +365,15 @@ def test_rows_without_a_token_are_sampled_and_kept() -> None:
     )
     sequences = generator.sample([[1]], None)
     assert responses_of(sequences) == [[295, 295]] and tokenizer.decode([295]) == ""
+
+
+def test_what_sampling_keeps_can_be_trained_on() -> None:
+    """It runs in inference mode, whose tensors autograd refuses: neither the sequences nor a mask made on the way may be such."""
+    policy = Policy(causal_lm("gpt2").eval())
+    sequences = NativeGenerator(policy, stop_ids=[], max_new_tokens=3).sample([[5] * 11, [6] * 11], torch.rand(2, 3).double())
+    kept = [value for value in vars(sequences).values() if isinstance(value, torch.Tensor)]
+    assert len(kept) == 5 and not any(value.is_inference() for value in kept)
+    prompts = Sequences.from_rows([TokenRow((5,) * 11, 1), TokenRow((6,) * 11, 1)])  # the mask is that of the sampled prompts
+    for texts in (sequences, prompts):
+        policy(texts)[0].sum().backward()
+    assert policy.head.weight.grad is not None

@@ -478,8 +478,8 @@ PACKING: list[Row] = [
     ("decoding adds no mask", "else apart.add_(mask)", "else apart"),
     (
         "decoding is not scaled",
-        "k.float().flatten(0, 1).transpose(1, 2)).mul_(scale)",
-        "k.float().flatten(0, 1).transpose(1, 2))",
+        "q.shape[-1]), k.transpose(1, 2)).mul_(scale)",
+        "q.shape[-1]), k.transpose(1, 2))",
     ),
     ("pads have gradients", ".index_fill_(0, packing.pads, 0.0)", ".index_fill_(0, packing.pads[:0], 0.0)"),
     ("texts of a group share queries", "permute(0, 2, 3, 1, 4)\n", "permute(0, 3, 2, 1, 4)\n"),
