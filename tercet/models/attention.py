@@ -199,7 +199,8 @@ def _decoding(
     kernel in bfloat16. Without them that kernel takes long: 12 layers of 64 rows of 56 tokens took 32 ms on two Zen 5 cores, its
     float32 one 17, and two products 14, on as many rows at a time, made float32, as stay in the cache. (In bfloat16 the second would
     take two thirds, but oneDNN keeps half a megabyte of code for each number of tokens.)"""
-    if _has_tiles() or _is_unusual(kwargs):
+    by_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if _has_tiles() or by_head or _is_unusual(kwargs):
         return _sdpa(torch.bfloat16, module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rows = max(1, _WIDENED // max(1, key[:1].numel()))

@@ -203,9 +203,9 @@ def test_recomputed_layers_see_the_packing_again():
 
 @pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["all", "grouped"])
-@pytest.mark.parametrize("masked", [torch.bfloat16, torch.bool, None], ids=str)
+@pytest.mark.parametrize("masked", [torch.bfloat16, torch.bool, "by head", None], ids=str)
 def test_one_bfloat16_query_a_row_is_the_definition(
-    tiles: bool, heads: tuple[int, int], masked: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    tiles: bool, heads: tuple[int, int], masked: torch.dtype | str | None, monkeypatch: pytest.MonkeyPatch
 ):
     """Decoding, however many rows are widened at a time."""
     monkeypatch.setattr(attention, "_has_tiles", lambda: tiles)
@@ -220,7 +220,7 @@ def test_one_bfloat16_query_a_row_is_the_definition(
     module.is_causal, module.num_key_value_groups = True, heads[0] // heads[1]
     every = [x.float().repeat_interleave(heads[0] // heads[1], 1) for x in (key, value)]
     scores = query.float() @ every[0].transpose(2, 3) * 0.3 + (mask.float() if masked is not None else 0.0)
-    given = {torch.bfloat16: mask, torch.bool: mask == 0, None: None}[masked]
+    given = {torch.bfloat16: mask, torch.bool: mask == 0, "by head": mask.repeat(1, heads[0], 1, 1), None: None}[masked]
     wanted = (scores.softmax(-1) @ every[1]).transpose(1, 2)
     found = []
     for widened in (1, 2 * key[0].numel(), 2**20):
