@@ -85,7 +85,7 @@ def test_a_policy_of_another_vocabulary_is_refused_before_anything_is_trained(ru
 
 
 class TestTheBestPolicyOfTheWay:
-    SETTINGS = {"evaluate_every": 1, "iterations": 5, "schedule": "constant", "learning_rate": 3e-3}
+    SETTINGS = {"evaluate_every": 1, "iterations": 5, "schedule": "constant", "learning_rate": 4e-3}
 
     @pytest.fixture
     def straight(self, runs: Any) -> Path:
