@@ -16,7 +16,7 @@ from tercet.types import TercetError
 
 Lines = Callable[[Path], list[dict[str, Any]]]
 BUDGET = {
-    "learning_rate": 1e-2,
+    "learning_rate": 3e-2,
     "iterations": 4,
     "evaluate_every": 4,
     "best_kl_budget": 1e-9,
