@@ -25,7 +25,7 @@ _NAME = "tercet"
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
 SHORT = 256  # up to here the weights of all pairs of tokens are small enough to keep in float32
 _ROUND = 32  # tokens of a batch are a multiple of this: for each new shape oneDNN compiles new code, and keeps it
-_LENGTHS = 8  # of groups are multiples of this: code for others takes half a megabyte each, for these a hundredth of that
+_LENGTHS = 8  # of groups are multiples of this: of others oneDNN keeps half a megabyte each, of these a hundredth of that
 _WIDENED = 2**20  # keys, and as many values, that decoding makes float32 at a time
 _UNUSUAL = ("softcap", "s_aux", "position_bias")  # what some models add to attention
 
@@ -198,10 +198,12 @@ def _decoding(
     """The same of one query a row, (B, 1, h, d), which reads all keys and values: where the processor has tiles (AMX) by torch's own
     kernel in bfloat16. Without them that kernel takes long: 12 layers of 64 rows of 56 tokens took 32 ms on two Zen 5 cores, its
     float32 one 17, and two products 14, on as many rows at a time, made float32, as stay in the cache. (In bfloat16 the second would
-    take two thirds, but oneDNN keeps half a megabyte of code for each number of tokens.)"""
-    by_head = attention_mask is not None and attention_mask.shape[1] > 1
-    if _has_tiles() or by_head or _is_unusual(kwargs):
+    take two thirds, but oneDNN keeps half a megabyte for each number of tokens.)"""
+    if _has_tiles():
         return _sdpa(torch.bfloat16, module, query, key, value, attention_mask, **kwargs)
+    by_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if by_head or _is_unusual(kwargs):
+        return _sdpa(torch.float32, module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rows = max(1, _WIDENED // max(1, key[:1].numel()))
     masks = [None] * len(key) if attention_mask is None else attention_mask.expand(len(key), -1, -1, -1).split(rows)

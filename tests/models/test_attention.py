@@ -222,6 +222,9 @@ def test_one_bfloat16_query_a_row_is_the_definition(
     scores = query.float() @ every[0].transpose(2, 3) * 0.3 + (mask.float() if masked is not None else 0.0)
     given = {torch.bfloat16: mask, torch.bool: mask == 0, "by head": mask.repeat(1, heads[0], 1, 1), None: None}[masked]
     wanted = (scores.softmax(-1) @ every[1]).transpose(1, 2)
+    asked: set[torch.dtype] = set()
+    sdpa = attention._sdpa
+    monkeypatch.setattr(attention, "_sdpa", lambda dtype, *inputs, **kwargs: asked.add(dtype) or sdpa(dtype, *inputs, **kwargs))
     found = []
     for widened in (1, 2 * key[0].numel(), 2**20):
         monkeypatch.setattr(attention, "_WIDENED", widened)
@@ -229,6 +232,7 @@ def test_one_bfloat16_query_a_row_is_the_definition(
             found.append(attention._attention(module, query, key, value, given, scaling=0.3)[0])
     assert all(one.dtype is torch.bfloat16 and (one.float() - wanted).abs().max() < 0.02 for one in found)
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+    assert asked == ({torch.bfloat16} if tiles else {torch.float32} if masked == "by head" else set()), "torch's own kernel"
 
 
 def test_bfloat16_stays_close_to_float32_in_both_layouts():
