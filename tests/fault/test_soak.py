@@ -21,7 +21,7 @@ class Reading:
 
     iteration: int
     rss_mb: float
-    cpu_seconds: float  # of the process itself, so that other work on the machine does not count
+    cpu_seconds: float  # of the process itself: other work on the machine counts less (a shared core is slower), but it does
     files: int
 
 
@@ -64,13 +64,19 @@ def over(readings: list[Reading], first: int, last: int) -> tuple[float, float, 
     ("iterations", "window"), [pytest.param(120, 35, marks=pytest.mark.slow), pytest.param(600, 100, marks=pytest.mark.full)]
 )
 def test_nothing_grows(iterations: int, window: int, tmp_path: Path) -> None:
-    began = time.monotonic()
-    readings = soak(tmp_path, iterations)
-    early, late = over(readings, 50, 50 + window), over(readings, iterations - window, iterations)
-    growth = late[0] / early[0] - 1
-    print(
-        f"\n{iterations} iterations in {time.monotonic() - began:.0f} s: memory {early[0]:.1f} -> {late[0]:.1f} MB ({growth:+.2%}),"
-    )
-    print(f"CPU {early[1] * 1e3:.1f} -> {late[1] * 1e3:.1f} ms an iteration, open files {early[2]} -> {late[2]}")
-    assert growth < 0.02 and late[1] < 1.15 * early[1] and late[2] <= early[2]
-    assert len(list((tmp_path / "run/ppo").rglob("step-*"))) == 0
+    for attempt in ("first", "second", "third"):
+        began = time.monotonic()
+        folder = tmp_path / attempt
+        folder.mkdir()
+        readings = soak(folder, iterations)
+        early, late = over(readings, 50, 50 + window), over(readings, iterations - window, iterations)
+        growth = late[0] / early[0] - 1
+        print(
+            f"\n{iterations} iterations in {time.monotonic() - began:.0f} s: memory {early[0]:.1f} -> {late[0]:.1f} MB ({growth:+.2%}),"
+        )
+        print(f"CPU {early[1] * 1e3:.1f} -> {late[1] * 1e3:.1f} ms an iteration, open files {early[2]} -> {late[2]}")
+        assert growth < 0.02 and late[2] <= early[2]
+        assert len(list((folder / "run/ppo").rglob("step-*"))) == 0
+        if late[1] < 1.15 * early[1]:
+            return
+    pytest.fail("an iteration's CPU seconds grew each time: a busy neighbour of the processor's would not come three times late")
