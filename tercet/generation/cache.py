@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,23 +11,27 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from tercet.models.attention import cached_keys_dtype
+
 
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, (B, heads, tokens, head size), as views of storage with room for `capacity` tokens.
 
     transformers' own layer concatenates: it copies the whole cache at every token. With `mask` (B, W) the first update is of the
-    texts of that mask end to end, (1, heads, at least as many as the mask has, head size).
+    texts of that mask end to end, (1, heads, at least as many as the mask has, head size). `keys_dtype` says what to hold keys in.
     """
 
-    def __init__(self, capacity: int, mask: Tensor | None) -> None:
+    def __init__(self, capacity: int, mask: Tensor | None, keys_dtype: Callable[[Tensor], torch.dtype]) -> None:
         super().__init__()
         self._capacity = capacity
         self._mask = mask
+        self._keys_dtype = keys_dtype
         self._length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._storage = [_room(states, self._capacity) for states in (key_states, value_states)]
-        self.dtype, self.device = self._storage[0].dtype, key_states.device
+        dtypes = (self._keys_dtype(key_states), value_states.dtype)
+        self._storage = [_room(states, self._capacity, dtype) for states, dtype in zip((key_states, value_states), dtypes)]
+        self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -68,9 +74,10 @@ def cache_for(model: PreTrainedModel, capacity: int, mask: Tensor | None = None)
     """An empty cache with room for `capacity` tokens; layers that forget (sliding windows) are transformers' own. `mask` as in
     RoomyLayer, where no layer forgets."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer(capacity, mask) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    keys_dtype = functools.partial(cached_keys_dtype, model)
+    cache.layers = [RoomyLayer(capacity, mask, keys_dtype) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def _room(states: Tensor, capacity: int) -> Tensor:
-    return states.new_empty(*states.shape[:2], capacity, states.shape[3])
+def _room(states: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    return states.new_empty(*states.shape[:2], capacity, states.shape[3], dtype=dtype)

@@ -20,13 +20,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tercet.algo.products import onednn_computes
+from tercet.models.decoding import attend
 
 _NAME = "tercet"
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
 SHORT = 256  # up to here the weights of all pairs of tokens are small enough to keep in float32
 _ROUND = 32  # tokens of a batch are a multiple of this: for each new shape oneDNN compiles new code, and keeps it
 _LENGTHS = 8  # of groups are multiples of this: of others oneDNN keeps half a megabyte each, of these a hundredth of that
-_WIDENED = 2**20  # keys, and as many values, that decoding makes float32 at a time
 _UNUSUAL = ("softcap", "s_aux", "position_bias")  # what some models add to attention
 
 
@@ -185,38 +185,25 @@ def _in_float32(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' own attention; of bfloat16 on a CPU in float32, because torch's backward pass there took nine times as long as
-    the float32 one (540 against 60 ms of a 6-million-parameter model's step)."""
+    the float32 one (540 against 60 ms of a 6-million-parameter model's step). Of one query a row, as decoding has it, by ours."""
     half = query.device.type == "cpu" and query.dtype is torch.bfloat16
-    if half and query.shape[2] == 1 and not torch.is_grad_enabled():
-        return _decoding(module, query, key, value, attention_mask, **kwargs), None
-    return _sdpa(torch.float32 if half else query.dtype, module, query, key, value, attention_mask, **kwargs), None
+    dtype = torch.float32 if half else query.dtype
+    if query.device.type == "cpu" and query.shape[2] == 1 and not torch.is_grad_enabled():
+        by_head = attention_mask is not None and attention_mask.shape[1] > 1
+        if half and _has_tiles():
+            dtype = torch.bfloat16
+        elif dtype is torch.float32 and not by_head and not _is_unusual(kwargs):
+            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            with torch.autocast("cpu", enabled=False):
+                return attend(query, key.float(), value, attention_mask, scale).to(query.dtype), None
+    return _sdpa(dtype, module, query, key, value, attention_mask, **kwargs), None
 
 
-def _decoding(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Tensor:
-    """The same of one query a row, (B, 1, h, d), which reads all keys and values: where the processor has tiles (AMX) by torch's own
-    kernel in bfloat16. Without them that kernel takes long: 12 layers of 64 rows of 56 tokens took 32 ms on two Zen 5 cores, its
-    float32 one 17, and two products 14, on as many rows at a time, made float32, as stay in the cache. (In bfloat16 the second would
-    take two thirds, but oneDNN keeps half a megabyte for each number of tokens.)"""
-    if _has_tiles():
-        return _sdpa(torch.bfloat16, module, query, key, value, attention_mask, **kwargs)
-    by_head = attention_mask is not None and attention_mask.shape[1] > 1
-    if by_head or _is_unusual(kwargs):
-        return _sdpa(torch.float32, module, query, key, value, attention_mask, **kwargs)
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    rows = max(1, _WIDENED // max(1, key[:1].numel()))
-    masks = [None] * len(key) if attention_mask is None else attention_mask.expand(len(key), -1, -1, -1).split(rows)
-    mixed = []
-    with torch.autocast("cpu", enabled=False):
-        for q, k, v, mask in zip(query.split(rows), key.split(rows), value.split(rows), masks):
-            k, v = k.float().flatten(0, 1), v.float().flatten(0, 1)
-            scores = torch.bmm(q.float().reshape(len(k), -1, q.shape[-1]), k.transpose(1, 2)).mul_(scale)
-            if mask is not None:
-                apart = scores.view(len(q), -1, *scores.shape[1:])
-                apart = apart.masked_fill_(~mask, -torch.inf) if mask.dtype is torch.bool else apart.add_(mask)
-            mixed.append(torch.bmm(scores.softmax(-1), v))
-    return torch.cat(mixed).view(len(query), 1, query.shape[1], -1).to(query.dtype)
+def cached_keys_dtype(model: PreTrainedModel, states: Tensor) -> torch.dtype:
+    """What a cache should hold the keys `states` in: float32 where decoding asks for float32 scores, lest each step makes them anew."""
+    own = model.config._attn_implementation == _NAME
+    half = states.device.type == "cpu" and states.dtype is torch.bfloat16
+    return torch.float32 if own and half and not _has_tiles() else states.dtype
 
 
 def _is_unusual(kwargs: dict[str, Any]) -> bool:
@@ -243,6 +230,7 @@ def _sdpa(
 
 @functools.cache
 def _has_tiles() -> bool:
+    """Whether the processor has AMX, with which torch's fused kernel in bfloat16 is fast at single queries."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 

@@ -314,13 +314,15 @@ def test_the_roomy_cache_is_the_cache_of_transformers(architecture: str, dtype: 
 
 def test_the_roomy_cache_gives_each_of_the_texts_that_lie_end_to_end_its_row() -> None:
     mask = torch.tensor([[False, True, True], [True, True, True], [False, False, True]])
-    layer = RoomyLayer(5, mask)
+    layer = RoomyLayer(5, mask, lambda states: torch.float64)
     keys = torch.arange(1.0, 17).view(1, 2, 8, 1)  # two heads of six tokens, and two tokens that belong to no text
     assert all(torch.equal(given, back) for given, back in zip((keys, -keys), layer.update(keys, -keys)))
     first = [[0, 1, 2], [3, 4, 5], [0, 0, 6]]
     second = [[0, 9, 10], [11, 12, 13], [0, 0, 14]]
     assert layer.keys[..., 0].tolist() == [list(rows) for rows in zip(first, second)]
-    assert torch.equal(layer.values, -layer.keys)
+    assert torch.equal(layer.values, -layer.keys.float()) and layer.keys.dtype is torch.float64, (
+        "keys as asked for, values as given"
+    )
     step = torch.full((3, 2, 1, 1), 20.0)
     keys, _ = layer.update(step, step)
     assert layer.get_seq_length() == 4 and keys[0, :, :, 0].tolist() == [[0, 1, 2, 20], [0, 9, 10, 20]]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tercet.models import attention
 from tercet.models.attention import Packing, active_packing
+from tercet.models.decoding import attend
 from tercet.models.kernels import recompute_activations
 from tercet.models.roles import Policy, ScoreModel
 from tercet.types import Sequences
@@ -201,20 +202,50 @@ def test_recomputed_layers_see_the_packing_again():
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
+def roomy(x: Tensor) -> Tensor:
+    """The same as a cache holds it, rubbish behind each head's tokens."""
+    return torch.cat([x, torch.full_like(x[:, :, :3], torch.nan)], 2)[:, :, : x.shape[2]]
+
+
+def across(x: Tensor) -> Tensor:
+    """The same as projections leave it: heads beside each other."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def window(x: Tensor) -> Tensor:
+    """The same as a layer gives it that forgets: the last tokens of a longer text, at the very end of memory."""
+    return torch.cat([torch.full_like(x[:, :, :2], torch.nan), x], 2)[:, :, 2:]
+
+
 @pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["all", "grouped"])
 @pytest.mark.parametrize("masked", [torch.bfloat16, torch.bool, "by head", None], ids=str)
-def test_one_bfloat16_query_a_row_is_the_definition(
-    tiles: bool, heads: tuple[int, int], masked: torch.dtype | str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16,) * 3,
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32,) * 3,
+    ],
+    ids=["bfloat16", "keys cached in float32", "a Llama's", "float32"],
+)
+def test_one_query_a_row_is_the_definition(
+    tiles: bool,
+    heads: tuple[int, int],
+    masked: torch.dtype | str | None,
+    dtypes: tuple[torch.dtype, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """Decoding, however many rows are widened at a time."""
+    """Decoding, however keys and values lie in memory; with tiles and in bfloat16 by torch's own kernel."""
     monkeypatch.setattr(attention, "_has_tiles", lambda: tiles)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(5, number, length, 16, generator=generator).bfloat16()
-        for number, length in ((heads[0], 1), (heads[1], 9), (heads[1], 9))
+        torch.randn(5, number, length, size, generator=generator).bfloat16().to(dtype)
+        for number, length, size, dtype in zip((heads[0], heads[1], heads[1]), (1, 9, 9), (16, 16, 24), dtypes)
     )
-    mask = torch.zeros(5, 1, 1, 9, dtype=torch.bfloat16)
+    half = dtypes[0] is torch.bfloat16
+    mask = torch.zeros(5, 1, 1, 9, dtype=dtypes[0])
     mask[1, ..., :4] = mask[3, ..., :8] = -torch.inf
     module: Any = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = True, heads[0] // heads[1]
@@ -226,13 +257,38 @@ def test_one_bfloat16_query_a_row_is_the_definition(
     sdpa = attention._sdpa
     monkeypatch.setattr(attention, "_sdpa", lambda dtype, *inputs, **kwargs: asked.add(dtype) or sdpa(dtype, *inputs, **kwargs))
     found = []
-    for widened in (1, 2 * key[0].numel(), 2**20):
-        monkeypatch.setattr(attention, "_WIDENED", widened)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            found.append(attention._attention(module, query, key, value, given, scaling=0.3)[0])
-    assert all(one.dtype is torch.bfloat16 and (one.float() - wanted).abs().max() < 0.02 for one in found)
-    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
-    assert asked == ({torch.bfloat16} if tiles else {torch.float32} if masked == "by head" else set()), "torch's own kernel"
+    for lies, values_lie in ((torch.clone, torch.clone), (roomy, roomy), (across, roomy), (window, across)):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(attention._attention(module, query, lies(key), values_lie(value), given, scaling=0.3)[0].clone())
+    bound = 2e-6 if dtypes[2] is torch.float32 else 0.02
+    assert all(one.dtype is dtypes[0] and (one.float() - wanted).abs().max() < bound for one in found)
+    assert asked == ({torch.bfloat16} if tiles and half else {torch.float32} if masked == "by head" else set()), (
+        "torch's own kernel"
+    )
+    if not asked:
+        assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_a_row_alone_decodes_to_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(5, 4, length, 16, generator=generator) for length in (1, 9, 9))
+    together = attend(query, key, value, None, 0.25)
+    assert together.shape == (5, 1, 4, 16)
+    for row in range(5):
+        part = slice(row, row + 1)
+        assert torch.equal(attend(query[part], key[part], value[part], None, 0.25), together[part])
+
+
+def test_keys_are_cached_in_float32_where_scores_are_of_float32(monkeypatch: pytest.MonkeyPatch):
+    own, other = causal_lm("gpt2"), causal_lm("gpt2")
+    assert attention.use_packed_attention(own)
+    half, single = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    for tiles, wanted in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(attention, "_has_tiles", lambda tiles=tiles: tiles)
+        assert attention.cached_keys_dtype(own, half) is wanted and attention.cached_keys_dtype(own, single) is torch.float32
+        assert attention.cached_keys_dtype(other, half) is torch.bfloat16, (
+            "its attention has not been asked for keys of another dtype"
+        )
 
 
 def test_bfloat16_stays_close_to_float32_in_both_layouts():
