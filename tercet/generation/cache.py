@@ -8,29 +8,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tercet.models.attention import cached_keys_dtype
 
+_ROOM = 16  # tokens; for 64 rows of GPT-2 room for all that may come made attention take 1.5 times as long
+
+
+def room_for(length: int, capacity: int) -> int:
+    """Tokens that there is room for while `length` of them are held."""
+    return min(-(-length // _ROOM) * _ROOM, capacity)
+
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, (B, heads, tokens, head size), as views of storage with room for `capacity` tokens.
+    """Keys and values of one layer, (B, heads, tokens, head size), as views of storage with some room for more, `capacity` tokens at most.
 
-    transformers' own layer concatenates: it copies the whole cache at every token. With `mask` (B, W) the first update is of the
-    texts of that mask end to end, (1, heads, at least as many as the mask has, head size). `keys_dtype` says what to hold keys in.
+    transformers' own layer concatenates: it copies the whole cache at every token. The room is little because memory is read fastest
+    without gaps. With `mask` (B, W) the first update is of the texts of that mask end to end, (1, heads, at least as many as the mask
+    has, head size), and later ones give all of the storage, `room_for` tokens, zeros behind those that are there: whoever asks has a
+    mask for them. `keys_dtype` says what to hold keys in.
     """
 
     def __init__(self, capacity: int, mask: Tensor | None, keys_dtype: Callable[[Tensor], torch.dtype]) -> None:
         super().__init__()
         self._capacity = capacity
         self._mask = mask
+        self._gives_all = mask is not None
         self._keys_dtype = keys_dtype
         self._length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         dtypes = (self._keys_dtype(key_states), value_states.dtype)
-        self._storage = [_room(states, self._capacity, dtype) for states, dtype in zip((key_states, value_states), dtypes)]
+        given = zip((key_states, value_states), dtypes)
+        self._storage = [states.new_zeros(*states.shape[:2], 0, states.shape[3], dtype=dtype) for states, dtype in given]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -41,10 +53,15 @@ class RoomyLayer(DynamicLayer):
                 return key_states, value_states
             self.lazy_initialization(key_states, value_states)
         end = self._length + key_states.shape[2]
+        room = room_for(end, self._capacity)
+        if room > self._storage[0].shape[2]:
+            self._storage = [F.pad(storage, (0, 0, 0, room - storage.shape[2])) for storage in self._storage]
         for storage, states in zip(self._storage, (key_states, value_states)):
             storage[:, :, self._length : end] = states
         self._length = end
-        return self._look()
+        held = self._look()
+        keys, values = self._storage if self._gives_all else held
+        return keys, values
 
     def _take_apart(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
         """Give each text its row, and zeros to pads: what happens to stand there might not be finite."""
@@ -64,20 +81,16 @@ class RoomyLayer(DynamicLayer):
         self._storage = [storage[: len(indices)].index_copy_(0, moved, storage[indices[moved]]) for storage in self._storage]
         self._look()
 
-    def _look(self) -> tuple[Tensor, Tensor]:
-        keys, values = (storage[:, :, : self._length] for storage in self._storage)
-        self.keys, self.values = keys, values
-        return keys, values
+    def _look(self) -> list[Tensor]:
+        held = [storage[:, :, : self._length] for storage in self._storage]
+        self.keys, self.values = held
+        return held
 
 
 def cache_for(model: PreTrainedModel, capacity: int, mask: Tensor | None = None) -> DynamicCache:
-    """An empty cache with room for `capacity` tokens; layers that forget (sliding windows) are transformers' own. `mask` as in
+    """An empty cache for at most `capacity` tokens; layers that forget (sliding windows) are transformers' own. `mask` as in
     RoomyLayer, where no layer forgets."""
     cache = DynamicCache(config=model.config)
     keys_dtype = functools.partial(cached_keys_dtype, model)
     cache.layers = [RoomyLayer(capacity, mask, keys_dtype) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-def _room(states: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
-    return states.new_empty(*states.shape[:2], capacity, states.shape[3], dtype=dtype)

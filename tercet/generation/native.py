@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from tercet.algo.masks import position_ids
-from tercet.generation.cache import cache_for
+from tercet.generation.cache import cache_for, room_for
 from tercet.generation.sampling import inverse_cdf
 from tercet.models.attention import Packing
 from tercet.models.kernels import packed_weights
@@ -60,7 +61,7 @@ class NativeGenerator:
             raise ValueError("a prompt without a token: there is nothing to predict the response from")
         inputs, prompt_mask = _left_padded(prompts, device)
         positions, width = position_ids(prompt_mask), inputs.shape[1]
-        mask = self._mask_of_steps(torch.cat([prompt_mask, prompt_mask.new_ones(len(prompts), steps)], dim=1))
+        mask = self._mask_of_steps(prompt_mask)
         cache = cache_for(self._policy.model, width + steps, prompt_mask if self._packs_prompts else None)
         rows = torch.arange(len(prompts), device=device)  # the active rows' places in the batch
         responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
@@ -75,7 +76,7 @@ class NativeGenerator:
                 if step == 0:
                     logits = self._first_logits(inputs, prompt_mask, positions, cache)
                 else:
-                    logits = self._next_logits(inputs, mask[..., : width + step], positions, cache)
+                    logits = self._next_logits(inputs, _seen(mask, width + step), positions, cache)
                 uniform = None if uniforms is None else uniforms[rows.cpu(), step]
                 tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
                 responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
@@ -96,13 +97,13 @@ class NativeGenerator:
             )
         return _assemble(prompts, responses, lengths, finished, logprobs, self.version)
 
-    def _mask_of_steps(self, mask: Tensor) -> Tensor:
-        """(B, W) as the steps take it: (B, 1, 1, W) of 0 and -inf, from which a model makes nothing anew at every step, or (B, W) for
-        one with a window or to which the mask says more."""
-        if not self._policy.sees_all:
-            return mask.long()
-        zeros = torch.zeros(mask.shape, dtype=self._policy.compute_dtype, device=mask.device)
-        return zeros.masked_fill_(~mask, -torch.inf)[:, None, None]
+    def _mask_of_steps(self, prompts: Tensor) -> Tensor:
+        """The prompts' mask (B, W) and one for each step: (B, 1, 1, W + T) of 0 and -inf, from which a model makes nothing anew at every
+        step, tokens to come at -inf; or (B, W + T) of 0 and 1 for one to which that would say too little."""
+        if not self._packs_prompts:
+            return F.pad(prompts.long(), (0, self._max_new_tokens), value=1)
+        zeros = torch.zeros(prompts.shape, dtype=self._policy.compute_dtype, device=prompts.device)
+        return F.pad(zeros.masked_fill_(~prompts, -torch.inf), (0, self._max_new_tokens), value=-torch.inf)[:, None, None]
 
     def _first_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the token after each prompt; from the prompts end to end where the model lets them stand so."""
@@ -139,6 +140,14 @@ class NativeGenerator:
                 if any(text.count(stop) > earlier.count(stop) for stop in self.stop_texts):
                     ended[place] = True
         return ended
+
+
+def _seen(mask: Tensor, length: int) -> Tensor:
+    """The part of a mask of all steps that the step asks for whose token is the `length`-th."""
+    if mask.dim() == 2:
+        return mask[:, :length]
+    mask[..., length - 1] = 0.0
+    return mask[..., : room_for(length, mask.shape[-1])]
 
 
 def _close_ranks(ended: Tensor) -> Tensor:

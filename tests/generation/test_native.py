@@ -325,7 +325,20 @@ def test_the_roomy_cache_gives_each_of_the_texts_that_lie_end_to_end_its_row() -
     )
     step = torch.full((3, 2, 1, 1), 20.0)
     keys, _ = layer.update(step, step)
-    assert layer.get_seq_length() == 4 and keys[0, :, :, 0].tolist() == [[0, 1, 2, 20], [0, 9, 10, 20]]
+    assert layer.get_seq_length() == 4 and keys[0, :, :, 0].tolist() == [[0, 1, 2, 20, 0], [0, 9, 10, 20, 0]], "with what is free"
+
+
+def test_the_room_grows_by_steps_and_keeps_what_is_there() -> None:
+    layer = RoomyLayer(40, torch.ones(2, 15, dtype=torch.bool), lambda states: states.dtype)
+    layer.update(torch.arange(1.0, 31).view(1, 1, 30, 1), torch.arange(1.0, 31).view(1, 1, 30, 1))
+    rooms = []
+    for number in range(16, 41):
+        step = torch.full((2, 1, 1, 1), float(number))
+        keys, values = layer.update(step, -step)
+        assert keys[0, 0, :, 0].tolist() == [*range(1, number + 1)] + [0] * (keys.shape[2] - number)
+        assert values[1, 0, 15:number, 0].tolist() == [-float(n) for n in range(16, number + 1)]
+        rooms.append(keys.shape[2])
+    assert rooms == [16] + [32] * 16 + [40] * 8
 
 
 def test_numbers_that_are_not_finite_are_an_error_not_a_sample() -> None:
