@@ -76,9 +76,11 @@ def _vendor() -> str:
 _PIECE = 2**19  # numbers that stay in a processor's cache from one element-wise operation to the next
 
 
-def pieces(rows: Tensor, of: Tensor) -> tuple[Tensor, ...]:
-    """As many rows at a time as the same rows of `of` (n, v) stay in the cache, where a processor computes with it."""
-    return torch.split(rows, max(1, _PIECE // of.shape[1] if of.device.type == "cpu" else len(of)))
+def pieces(rows: Tensor, of: Tensor, step: int = 1) -> tuple[Tensor, ...]:
+    """As many rows at a time as the same rows of `of` (n, v) stay in the cache, where a processor computes with it; a multiple of
+    `step`, so that threads which take whole rows get equally many."""
+    fitting = _PIECE // of.shape[1] // step * step
+    return torch.split(rows, max(step, fitting) if of.device.type == "cpu" else max(1, len(of)))
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tercet.algo.products import pieces
 
 _BLOCK = 256
+_ROWS = 8  # at a time, or a multiple
 PURPOSES = ("rollout", "evaluation", "normalisation")
 
 
@@ -30,40 +31,43 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
     """Draw from softmax(logits / temperature) with one uniform number a row: the first token whose cumulative mass exceeds it.
 
     logits (B, V), uniform (B,) float64 or None for the likeliest token. Returns tokens (B,) int64 and their log-probabilities in
-    float32 or wider. Two levels: sums of 256 tokens in the logits' own precision, then everything in float64, so that the tail of a
-    vocabulary of 150,000 keeps its mass. As many rows at a time as stay in a processor's cache.
+    float32 or wider. Two levels: sums of 256 tokens in float32 or wider, then everything in float64, so that the tail of a vocabulary
+    of 150,000 keeps its mass. What goes over the vocabulary does so for as many rows at a time as stay in a processor's cache.
     """
     home = logits.device
     logits = logits.cpu() if home.type == "mps" else logits  # which has no float64
-    parts = pieces(logits, logits)
-    numbers = [None] * len(parts) if uniform is None else pieces(uniform, logits)
-    drawn = [_draw(part, number, temperature) for part, number in zip(parts, numbers)]
-    return torch.cat([tokens for tokens, _ in drawn]).to(home), torch.cat([logprobs for _, logprobs in drawn]).to(home)
-
-
-def _draw(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(logits.dtype, torch.float32)
-    scaled = logits.to(wide) / temperature if temperature != 1.0 else logits
-    top = scaled.amax(-1, keepdim=True).to(wide)
-    mass = scaled.to(wide, copy=True).sub_(top).exp_()  # in place: three passes over a vocabulary took five times as long
-    whole = mass.shape[1] // _BLOCK * _BLOCK
-    sums = [mass[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)] + (
-        [mass[:, whole:].sum(1, keepdim=True)] if whole < mass.shape[1] else []
-    )
-    cumulative = torch.cat(sums, dim=1).double().cumsum(-1)
-    total = cumulative[:, -1]
+    parts = [part.to(wide) / temperature if temperature != 1.0 else part for part in pieces(logits, logits, _ROWS)]
     if uniform is None:
-        tokens = scaled.argmax(-1)
+        likeliest = [part.log_softmax(-1, dtype=wide).max(-1) for part in parts]
+        logprobs, tokens = (torch.cat(found) for found in zip(*likeliest))
     else:
-        point = uniform.to(total.device) * total
-        block = (cumulative <= point[:, None]).sum(-1).clamp(max=cumulative.shape[1] - 1)
-        before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
-        places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
-        inside = places < mass.shape[1]
-        inner_mass = torch.where(inside, mass.gather(1, places.clamp(max=mass.shape[1] - 1)), 0.0).double()
-        inner = (inner_mass.cumsum(-1) <= (point - before)[:, None]).sum(-1)
-        # Rounding may leave the point a hair beyond the block's own sum: the last token with any mass takes it.
-        last = _BLOCK - 1 - (inner_mass.flip(-1) > 0).int().argmax(-1)
-        tokens = block * _BLOCK + torch.minimum(inner, last)
-    picked = scaled.gather(1, tokens[:, None]).to(wide) - top
-    return tokens, picked.squeeze(1) - total.log().to(picked.dtype)
+        chosen = [_block(part.softmax(-1, dtype=wide), number) for part, number in zip(parts, pieces(uniform, logits, _ROWS))]
+        tokens, logprobs = _token(*(torch.cat(found) for found in zip(*chosen)))
+    return tokens.to(home), logprobs.to(home, wide)
+
+
+def _block(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which 256 tokens the draws fall among, (n,), the masses of those (n, 256), how far into them (n,), and the mass of all (n,)."""
+    whole = mass.shape[1] // _BLOCK * _BLOCK
+    sums = mass[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
+    if whole < mass.shape[1]:
+        sums = torch.cat([sums, mass[:, whole:].sum(1, keepdim=True)], dim=1)
+    cumulative = sums.double().cumsum(-1)
+    total = cumulative[:, -1]
+    point = uniform.to(total.device) * total
+    block = (cumulative <= point[:, None]).sum(-1).clamp(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+    places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = places < mass.shape[1]
+    return block, torch.where(inside, mass.gather(1, places.clamp(max=mass.shape[1] - 1)), 0.0), point - before, total
+
+
+def _token(block: Tensor, inner_mass: Tensor, point: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that `_block` has narrowed down, and their log-probabilities in float64."""
+    inner_mass = inner_mass.double()
+    inner = (inner_mass.cumsum(-1) <= point[:, None]).sum(-1)
+    # Rounding may leave the point a hair beyond the block's own sum: the last token with any mass takes it.
+    last = _BLOCK - 1 - (inner_mass.flip(-1) > 0).int().argmax(-1)
+    inner = torch.minimum(inner, last)
+    return block * _BLOCK + inner, (inner_mass.gather(1, inner[:, None]).squeeze(1) / total).log()

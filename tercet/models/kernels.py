@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.products import (
@@ -212,37 +213,61 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
         linear: list[Any] = [module for module in model.modules() if type(module) in (*_FAST, *_FAST.values())]
         layers = [layer for layer in linear if dtype is torch.bfloat16 or onednn_multiplies(layer.weight, rows, least=2**20)]
     layers += [module for module in model.modules() if layers and _has_adapter(module)]
-    before = [vars(layer).get("forward") for layer in layers]
+    activated = {layer: activation for layer, activation in _activated(model, dtype) if layer in layers}
+    forwards: dict[Any, Any] = {activation: _unchanged for activation in activated.values()}
     for layer in layers:
-        layer.forward = _packed(layer, rows, dtype, centred=layer is head)
+        forwards[layer] = _packed(layer, rows, dtype, centred=layer is head, gelu=layer in activated)
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for layer, forward in zip(layers, before):
-            del layer.forward  # the class's own again
+        for module, forward in before.items():
+            del module.forward  # the class's own again
             if forward is not None:
-                layer.forward = forward
+                module.forward = forward
 
 
-def _packed(layer: Any, rows: int, dtype: torch.dtype, *, centred: bool) -> Callable[[Tensor], Tensor]:
+def _activated(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The layers of GPT-2 whose products an activation follows that oneDNN applies while it writes them, and that activation."""
+    for module in model.modules():
+        if type(module) is not GPT2MLP or type(module.act) is not _TanhGELU or _has_adapter(module.c_fc):
+            continue
+        if onednn_computes(module.c_fc.weight.new_empty(0, dtype=dtype)):
+            yield module.c_fc, module.act
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _packed(layer: Any, rows: int, dtype: torch.dtype, *, centred: bool, gelu: bool) -> Callable[[Tensor], Tensor]:
     """What computes the layer's product from a rounded copy of its weight; of an adapter's layer when its parts are packed already."""
     if _has_adapter(layer):
         down, up = layer.lora_A["default"], layer.lora_B["default"]
-        return functools.partial(_packed_sum, layer.base_layer.forward, down.forward, up.forward, layer.scaling["default"], dtype)
+        parts = (layer.base_layer, down, up)
+        return functools.partial(_packed_sum, parts, layer.scaling["default"], dtype)
     weight = (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach()
     weight = head_rows(weight, dtype, head_centre(weight, dtype) if centred else None)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     if not onednn_computes(weight):
         return functools.partial(F.linear, weight=weight, bias=bias)
-    return functools.partial(_packed_product, torch.ops.mkldnn._reorder_linear_weight(contiguous(weight), rows), bias, dtype)
+    after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    return functools.partial(
+        _packed_product, torch.ops.mkldnn._reorder_linear_weight(contiguous(weight), rows), bias, dtype, after
+    )
 
 
-def _packed_sum(base: Any, down: Any, up: Any, scale: float, dtype: torch.dtype, x: Tensor) -> Tensor:
+def _packed_sum(parts: tuple[Any, Any, Any], scale: float, dtype: torch.dtype, x: Tensor) -> Tensor:
+    base, down, up = parts
     x = x.to(dtype)
     product: Tensor = base(x)
     return product.add_(up(down(x)), alpha=scale)
 
 
-def _packed_product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "none", [], "")
+def _packed_product(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, after: tuple[str, list[float], str], x: Tensor
+) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *after)
     return product

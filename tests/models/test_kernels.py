@@ -158,6 +158,24 @@ def test_a_packed_head_leaves_out_what_its_rows_have_in_common():
             assert limit / 10 < worst < limit
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
+def test_packed_weights_of_gpt2_activate_what_they_multiply(activation: str, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: has_bfloat16)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, activation_function=activation)).eval()
+    fuse_activations(model)
+    mlp, x = model.transformer.h[0].mlp, 4 * torch.randn(3, 1, 32)
+    wanted = mlp(x)
+    activated: list[bool] = []
+    mlp.act.register_forward_hook(lambda module, inputs, output: activated.append(torch.equal(inputs[0], output)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with packed_weights(model, 3, torch.bfloat16):
+            torch.testing.assert_close(mlp(x).float(), wanted, rtol=0.02, atol=0.05)
+        torch.testing.assert_close(mlp(x).float(), wanted, rtol=0.02, atol=0.05)
+    assert activated == [has_bfloat16 and activation == "gelu_new", False], "as it is, where the product did it"
+    assert "forward" not in vars(mlp.act) and "forward" not in vars(mlp.c_fc)
+
+
 def test_packed_weights_are_anew_after_a_step():
     model, x = layers(), torch.randn(2, 24).bfloat16()
     with torch.no_grad():
