@@ -183,8 +183,8 @@ def _activations(stage: str, shape: Shape, load: Load) -> int:
 
 
 def _sampling(shape: Shape, load: Load) -> int:
-    """The key-value cache of a rollout batch, and one step's logits with their exponentials and sums."""
-    cache = load.rows * load.row_tokens * shape.layers * shape.key_value * _narrow(load.dtype)
+    """The key-value cache of a rollout batch (keys in float32 or wider, but with AMX), and one step's logits with their exponentials."""
+    cache = load.rows * load.row_tokens * shape.layers * shape.key_value * (_wide(load.dtype) + _narrow(load.dtype)) // 2
     return cache + load.rows * shape.vocabulary * 4 * _wide(load.dtype)
 
 
