@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tercet.algo.masks import at_least_float32
-from tercet.algo.products import by_rows, head_centre, head_rows, pieces, product_dtype, transposed_product
+from tercet.algo.products import head_centre, head_rows, linear_product, pieces, product_dtype, transposed_product
 
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
@@ -157,7 +157,7 @@ class _Head:
 
     def product(self, states: Tensor, weight: Tensor, span: slice) -> Tensor:
         """A chunk's logits before the temperature, in the products' precision."""
-        return by_rows(states, weight, None if self.bias is None else self.bias[span].to(self.dtype))
+        return linear_product(states, weight, None if self.bias is None else self.bias[span].to(self.dtype))
 
     def scan(self, states: Tensor, targets: Tensor, with_entropy: bool, kept: _Kept) -> tuple[Tensor, Tensor, Tensor | None]:
         """For each state log Z, the target's logit and the entropy, from one pass over the vocabulary."""
@@ -208,7 +208,7 @@ class _Head:
                 into.copy_((self._logits(piece) - log_zs[:, None]).exp_())
             rows, columns = _inside(targets, span)
             slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)  # p - 1 with all its digits, also where p is nearly 1
-            for_states += by_rows(slope, weight.t(), None)
+            for_states += linear_product(slope, weight.t(), None)
             if for_weight is not None:
                 gradient = transposed_product(slope, scaled)
                 if fresh:

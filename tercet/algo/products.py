@@ -94,16 +94,17 @@ def contiguous(x: Tensor) -> Tensor:
     return copied
 
 
-def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (n, i) @ weight (o, i)^T + bias (o,), in two halves where oneDNN would give both to one thread: 768 to 1,280 rows to some 768
-    columns in bfloat16 (1,088 x 3,072 x 768 took 4.6 ms on two threads, in halves 2.8; elsewhere halves took up to twice as long)."""
+def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (n, i) @ weight (o, i)^T + bias (o,) in the precision of x, by oneDNN where that is faster: in two halves where it would give
+    both to one thread, as it does with 768 to 1,280 rows and some 768 columns in bfloat16 (1,088 x 3,072 x 768 took 4.6 ms on two
+    threads, in halves 2.8; elsewhere halves took up to twice as long)."""
     simple = weight.is_contiguous() or weight.t().is_contiguous()  # for other layouts oneDNN has slow reference code only
     if not simple or not onednn_multiplies(x, len(weight)):
         return F.linear(x, weight, bias)
     lopsided = 640 < len(x) <= 1280 and len(weight) <= 1024 and weight.numel() >= 2**19 and torch.get_num_threads() > 1
     if lopsided and x.dtype is torch.bfloat16:
-        return torch.cat([_product(part, weight, bias) for part in torch.chunk(x, 2)])
-    return _product(x, weight, bias)
+        return torch.cat([_by_onednn(part, weight, bias) for part in torch.chunk(x, 2)])
+    return _by_onednn(x, weight, bias)
 
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
@@ -112,13 +113,13 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     height, width = left.shape[1], right.shape[1]
     if left.dtype is torch.float32 and onednn_multiplies(left, width):
         if height > width:
-            return contiguous(_product(contiguous(right.t()), left.t(), None).t())
-        return _product(contiguous(left.t()), right.t(), None)
+            return contiguous(_by_onednn(contiguous(right.t()), left.t(), None).t())
+        return _by_onednn(contiguous(left.t()), right.t(), None)
     large = left.dtype is torch.bfloat16 and height < width and height * width >= 2**20
     return (contiguous(left.t()) if large else left.t()) @ right
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear writes the bias into every row first and adds the product to it: a fifth longer for some 128 columns."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product

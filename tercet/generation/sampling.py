@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tercet.algo.products import pieces
 
@@ -42,32 +43,30 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
         likeliest = [part.log_softmax(-1, dtype=wide).max(-1) for part in parts]
         logprobs, tokens = (torch.cat(found) for found in zip(*likeliest))
     else:
-        chosen = [_block(part.softmax(-1, dtype=wide), number) for part, number in zip(parts, pieces(uniform, logits, _ROWS))]
+        chosen = [_block(part, number, wide) for part, number in zip(parts, pieces(uniform, logits, _ROWS))]
         tokens, logprobs = _token(*(torch.cat(found) for found in zip(*chosen)))
-    return tokens.to(home), logprobs.to(home, wide)
+    # Of numbers that are not finite the search may end behind the vocabulary; their log-probability tells.
+    return tokens.clamp(max=logits.shape[1] - 1).to(home), logprobs.to(home, wide)
 
 
-def _block(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which 256 tokens the draws fall among, (n,), the masses of those (n, 256), how far into them (n,), and the mass of all (n,)."""
-    whole = mass.shape[1] // _BLOCK * _BLOCK
-    sums = mass[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
-    if whole < mass.shape[1]:
-        sums = torch.cat([sums, mass[:, whole:].sum(1, keepdim=True)], dim=1)
-    cumulative = sums.double().cumsum(-1)
-    total = cumulative[:, -1]
-    point = uniform.to(total.device) * total
-    block = (cumulative <= point[:, None]).sum(-1).clamp(max=cumulative.shape[1] - 1)
-    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
-    places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
-    inside = places < mass.shape[1]
-    return block, torch.where(inside, mass.gather(1, places.clamp(max=mass.shape[1] - 1)), 0.0), point - before, total
+def _block(logits: Tensor, uniform: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which 256 tokens the draws fall among (n, 1), the masses of those (n, 256), how far into them (n, 1), and the mass of all (n, 1)."""
+    padded = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf)
+    mass = padded.softmax(-1, dtype=wide).unflatten(1, (-1, _BLOCK))
+    cumulative = mass.sum(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    point = uniform.to(total.device)[:, None] * total
+    block = torch.searchsorted(cumulative, point, right=True).clamp_(max=mass.shape[1] - 1)
+    before = F.pad(cumulative, (1, 0)).gather(1, block)
+    rows = torch.arange(len(mass), device=mass.device)
+    return block, mass[rows, block[:, 0]], point - before, total
 
 
-def _token(block: Tensor, inner_mass: Tensor, point: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that `_block` has narrowed down, and their log-probabilities in float64."""
-    inner_mass = inner_mass.double()
-    inner = (inner_mass.cumsum(-1) <= point[:, None]).sum(-1)
+def _token(block: Tensor, mass: Tensor, point: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens (n,) that `_block` has narrowed down, and their log-probabilities in float64."""
+    cumulative = mass.cumsum(-1, dtype=torch.float64)
+    inner = torch.searchsorted(cumulative, point, right=True)
     # Rounding may leave the point a hair beyond the block's own sum: the last token with any mass takes it.
-    last = _BLOCK - 1 - (inner_mass.flip(-1) > 0).int().argmax(-1)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()).clamp_(max=_BLOCK - 1)
     inner = torch.minimum(inner, last)
-    return block * _BLOCK + inner, (inner_mass.gather(1, inner[:, None]).squeeze(1) / total).log()
+    return (block * _BLOCK + inner).squeeze(1), (mass.gather(1, inner) / total).log().squeeze(1)

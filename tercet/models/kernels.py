@@ -18,10 +18,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.products import (
-    by_rows,
     contiguous,
     head_centre,
     head_rows,
+    linear_product,
     onednn_computes,
     onednn_multiplies,
     product_dtype,
@@ -111,7 +111,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(rows, weight)
-        product = by_rows(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        product = linear_product(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return product.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -120,7 +120,7 @@ class _Product(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, len(weight))
         for_x = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = by_rows(gradient, weight.to(rows.dtype).t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
+            for_x = linear_product(gradient, weight.to(rows.dtype).t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
         if ctx.needs_input_grad[1]:  # in the memory layout that the weight has
             in_rows = weight.is_contiguous()
             for_weight = transposed_product(gradient, rows) if in_rows else transposed_product(rows, gradient).t()
@@ -157,7 +157,7 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
         ctx.scale, dtype = scale, product_dtype(weight)
         rows, weight, half = x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), down.to(dtype)
-        product = by_rows(rows, weight, None if bias is None else bias.to(dtype))
+        product = linear_product(rows, weight, None if bias is None else bias.to(dtype))
         low = F.linear(rows, half)
         product.addmm_(low, up.t().to(dtype), alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
@@ -170,7 +170,7 @@ class _AdaptedProduct(torch.autograd.Function):
         for_low = (gradient @ up.to(low.dtype)).mul_(ctx.scale)
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = by_rows(gradient, weight.t(), None).addmm_(for_low, down.to(low.dtype))
+            for_x = linear_product(gradient, weight.t(), None).addmm_(for_low, down.to(low.dtype))
             for_x = for_x.view(*gradients[0].shape[:-1], rows.shape[1])
         for_up = (gradient.t() @ low).mul_(ctx.scale).to(up.dtype)
         return for_x, None, None, (for_low.t() @ rows).to(down.dtype), for_up, None

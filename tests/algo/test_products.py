@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tercet.algo import products
-from tercet.algo.products import by_rows, contiguous, onednn_computes, onednn_multiplies, product_dtype, transposed_product
+from tercet.algo.products import contiguous, linear_product, onednn_computes, onednn_multiplies, product_dtype, transposed_product
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def test_products_are_those_of_float64_up_to_rounding(
     elif layout == "columns of a wider one":
         weight = torch.randn(512, 1100).bfloat16()[:, 50:1074]
     parts: list[int] = []
-    product = products._product
-    monkeypatch.setattr(products, "_product", lambda x, *rest: parts.append(len(x)) or product(x, *rest))  # type: ignore[func-returns-value]
-    found = by_rows(x, weight, bias)
+    product = products._by_onednn
+    monkeypatch.setattr(products, "_by_onednn", lambda x, *rest: parts.append(len(x)) or product(x, *rest))  # type: ignore[func-returns-value]
+    found = linear_product(x, weight, bias)
     wanted = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
     assert found.dtype is torch.bfloat16 and (found.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
     if layout == "columns of a wider one":
@@ -63,11 +63,11 @@ def test_a_contiguous_copy(shape: tuple[int, int]) -> None:
 def test_a_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN refuses there; torch's own product does not."""
     monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: False)
-    monkeypatch.setattr(products, "_product", lambda *inputs: pytest.fail("oneDNN was asked"))
+    monkeypatch.setattr(products, "_by_onednn", lambda *inputs: pytest.fail("oneDNN was asked"))
     assert onednn_computes(torch.zeros(1)) and not onednn_computes(torch.zeros(1).bfloat16())
     assert not onednn_computes(torch.zeros(1).double())
     x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
-    assert torch.equal(by_rows(x, weight, None), torch.nn.functional.linear(x, weight))
+    assert torch.equal(linear_product(x, weight, None), torch.nn.functional.linear(x, weight))
 
 
 @pytest.fixture(params=[True, False], ids=["MKL holds back", "MKL is itself"])
@@ -84,10 +84,10 @@ def test_float32_goes_to_onednn_where_mkl_holds_back_and_there_is_much_to_multip
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 200), torch.randn(120, 200), torch.randn(120) if with_bias else None
     parts: list[int] = []
-    product = products._product
-    monkeypatch.setattr(products, "_product", lambda x, *rest: parts.append(len(x)) or product(x, *rest))  # type: ignore[func-returns-value]
+    product = products._by_onednn
+    monkeypatch.setattr(products, "_by_onednn", lambda x, *rest: parts.append(len(x)) or product(x, *rest))  # type: ignore[func-returns-value]
     for layout in (weight, weight.t().contiguous().t()):
-        found = by_rows(x, layout, bias)
+        found = linear_product(x, layout, bias)
         wanted = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
     assert parts == ([900, 900] if rows == 900 and holds_back else [])
@@ -130,4 +130,4 @@ def test_the_processors_maker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_small_products_in_float32_are_torchs_own() -> None:
     x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
-    assert torch.equal(by_rows(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(linear_product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
