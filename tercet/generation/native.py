@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from tercet.algo.masks import position_ids
 from tercet.generation.cache import cache_for, room_for
 from tercet.generation.sampling import inverse_cdf
-from tercet.models.attention import Packing
 from tercet.models.kernels import packed_weights
+from tercet.models.packing import Packing
 from tercet.models.roles import Policy
 from tercet.types import Sequences, TercetError, TokenRow
 

@@ -1,4 +1,4 @@
-"""Attention without pads: texts laid end to end for all that looks at one token at a time, and apart where tokens see each other.
+"""Attention of texts that lie end to end (packing.py) and of one query a row (decoding.py), as a kernel of transformers' own interface.
 
 Results differ from the padded layout's by rounding only.
 """
@@ -7,136 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tercet.algo.products import onednn_computes
 from tercet.models.decoding import attend
+from tercet.models.packing import Apart, Group, Packing, Together, active_packing
 
 _NAME = "tercet"
-_SIMILAR = 0.75  # texts of a group are at least this share of its longest
 SHORT = 256  # up to here the weights of all pairs of tokens are small enough to keep in float32
-_ROUND = 32  # tokens of a batch are a multiple of this: for each new shape oneDNN compiles new code, and keeps it
-_LENGTHS = 8  # of groups are multiples of this: of others oneDNN keeps half a megabyte each, of these a hundredth of that
 _UNUSUAL = ("softcap", "s_aux", "position_bias")  # what some models add to attention
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Texts of similar length, padded to the longest of them or a little more: `rows` x `length` of the padded places, from `start`."""
-
-    start: int
-    rows: int
-    length: int
-
-    def of(self, places: Tensor) -> Tensor:
-        """This group's part of (P, h, d) as (rows, L, h, d)."""
-        return places[self.start : self.start + self.rows * self.length].view(self.rows, self.length, *places.shape[1:])
-
-    def by_head(self, places: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """The same as (rows * heads, (h / heads) * L, d) in `dtype`: the h / heads queries of a key one below the other."""
-        picked = self.of(places).unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
-        copied = torch.empty(picked.shape, dtype=dtype, device=places.device).copy_(picked)
-        return copied.view(self.rows * heads, -1, places.shape[-1])
-
-    def put(self, x: Tensor, heads: int, places: Tensor) -> None:
-        """Write what `by_head` gives back to its places."""
-        into = self.of(places).unflatten(2, (heads, -1))
-        into.copy_(x.view(self.rows, heads, -1, self.length, x.shape[-1]).permute(0, 3, 1, 2, 4))
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How texts of a right-padded batch (B, L) lie end to end, N tokens with `spare` ones at the end that belong to no text.
-
-    For attention the texts stand in P places, in groups of similar length with pads between them.
-    """
-
-    shape: tuple[int, int]
-    tokens: Tensor  # (N - spare,) the places in B * L of the tokens, text after text
-    positions: Tensor  # (N,) each token's place in its own text
-    places: Tensor  # (P,) the token at each place; a pad repeats its text's last token, which no other token sees
-    pads: Tensor  # the places that are pads
-    where: Tensor  # (N,) each token's place; P for the spare ones
-    groups: tuple[_Group, ...]  # longest texts first
-
-    @staticmethod
-    def of(lengths: Tensor, width: int) -> Packing:
-        """The packing of texts with these lengths, (B,) int64, each at least 1, padded to `width`."""
-        lens, device = lengths.cpu(), lengths.device
-        tokens = (torch.arange(width) < lens[:, None]).flatten().nonzero().squeeze(1)
-        spare = -len(tokens) % _ROUND
-        offsets, order = lens.cumsum(0) - lens, lens.argsort(descending=True, stable=True)
-        groups: list[_Group] = []
-        places: list[Tensor] = []
-        inside: list[Tensor] = []
-        start = 0
-        while len(order):
-            longest = int(lens[order[0]])
-            count = int((lens[order] >= _SIMILAR * longest).sum())
-            rows, order = order[:count], order[count:]
-            length = longest + -longest % _LENGTHS
-            groups.append(_Group(start, len(rows), length))
-            steps, last = torch.arange(length), lens[rows, None] - 1
-            places.append((offsets[rows, None] + torch.minimum(steps, last)).flatten())
-            inside.append((steps <= last).flatten())
-            start += len(rows) * length
-        every, real = torch.cat(places), torch.cat(inside)
-        where = torch.full((len(tokens) + spare,), len(every))
-        where[every[real]] = real.nonzero().squeeze(1)
-        return Packing(
-            (len(lens), width),
-            tokens=tokens.to(device),
-            positions=F.pad(tokens % width, (0, spare)).to(device),
-            places=every.to(device),
-            pads=(~real).nonzero().squeeze(1).to(device),
-            where=where.to(device),
-            groups=tuple(groups),
-        )
-
-    def states(self, trunk: Any, ids: Tensor, **options: Any) -> Tensor:
-        """The trunk's last hidden states (1, N, D) of the texts' tokens (N - spare,) one after the other."""
-        spared = F.pad(ids, (0, len(self.positions) - len(ids)))
-        with self.active():
-            states: Tensor = trunk(input_ids=spared[None], position_ids=self.positions[None], **options).last_hidden_state
-        return states
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(1, N, D) -> (B, L, D), 0 at pads."""
-        rows, length = self.shape
-        padded = x.new_zeros(rows * length, x.shape[-1])
-        return padded.index_copy(0, self.tokens, x[0, : len(self.tokens)]).view(rows, length, -1)
-
-    def together(self, places: Tensor) -> Tensor:
-        """What stands at the places, (P + 1, h, d), as tokens (N, h, d); the last row is for the spare tokens."""
-        places[-1].zero_()
-        return places.index_select(0, self.where)
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Let attention take its inputs as packed so."""
-        token = _active.set(self)
-        try:
-            yield
-        finally:
-            _active.reset(token)
-
-
-_active: ContextVar[Packing | None] = ContextVar("packing", default=None)
-
-
-def active_packing() -> Packing | None:
-    """The packing in force here."""
-    return _active.get()
 
 
 def use_packed_attention(model: PreTrainedModel) -> bool:
@@ -157,7 +42,7 @@ def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (B, h, L, d), key and value (B, heads, L, d) -> (B, L, h, d)."""
-    packing = _active.get()
+    packing = active_packing()
     if packing is None:
         return _in_float32(module, query, key, value, attention_mask, **kwargs)
     query, key, value = (x.transpose(1, 2)[0] for x in (query, key, value))
@@ -166,13 +51,14 @@ def _attention(
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         mixed: Tensor = _ShortTexts.apply(query, key, value, packing, scale)
         return mixed[None], None
-    apart = [x.index_select(0, packing.places) for x in (query, key, value)]
+    apart = [Apart.apply(x, packing) for x in (query, key, value)]
     outputs = []
     for group in packing.groups:
-        q, k, v = (group.of(x).transpose(1, 2) for x in apart)
+        q, k, v = (group.of(places, x.shape[1]) for places, x in zip(apart, (query, key, value)))
         output, _ = _in_float32(module, q, k, v, None, **kwargs)
-        outputs.append(output.flatten(0, 1))
-    return packing.together(torch.cat([*outputs, outputs[0][:1]]))[None], None
+        outputs.append(output.transpose(1, 2).flatten(0, 2))
+    mixed = Together.apply(torch.cat(outputs), packing, query.shape[1])
+    return mixed[None], None
 
 
 def keeps_weights(length: int, dtype: torch.dtype) -> bool:
@@ -246,39 +132,49 @@ class _ShortTexts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
         ctx.packing, ctx.scale = packing, scale
-        apart = [x.index_select(0, packing.places) for x in (query, key, value)]
-        mixed = value.new_empty(len(packing.places) + 1, query.shape[1], value.shape[2])
-        kept, heads, dtype = [], key.shape[1], _mixing_dtype(value)
+        (h, heads), dtype = (query.shape[1], key.shape[1]), _mixing_dtype(value)
         wide = torch.promote_types(dtype, torch.float32)
+        apart = [packing.by_head(x).to(kind) for x, kind in zip((query, key, value), (wide, wide, dtype))]
+        mixed = value.new_empty(len(apart[0]), value.shape[2], dtype=dtype)
+        kept = []
         with torch.autocast("cpu", enabled=False):
             for group in packing.groups:
-                q, k, v = (group.by_head(x, heads, kind) for x, kind in zip(apart, (wide, wide, dtype)))
-                ahead = _causal(k.shape[1], q.shape[1] // k.shape[1], wide)
+                q, k, v, into = (_by_key(group, x, count, heads) for x, count in zip((*apart, mixed), (h, heads, heads, h)))
+                ahead = _causal(k.shape[1], h // heads, wide)
                 weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=scale).softmax(-1).to(dtype)
-                group.put(torch.bmm(weights, v), heads, mixed)
+                torch.bmm(weights, v, out=into)
                 kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
-        return packing.together(mixed)
+        return packing.together(mixed, h).to(value.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         packing: Packing = ctx.packing
         saved = ctx.saved_tensors  # asked for once only, for the sake of activation checkpointing
-        inputs, kept, heads = saved[:3], saved[3:], saved[1].shape[1]
-        dtype = kept[0].dtype
+        inputs, kept = saved[:3], saved[3:]
+        (h, heads), dtype = (inputs[0].shape[1], inputs[1].shape[1]), kept[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
-        apart = [x.index_select(0, packing.places) for x in inputs]
-        slopes = gradients[0].index_select(0, packing.places).index_fill_(0, packing.pads, 0.0)
-        found = [x.new_empty(len(packing.places) + 1, *x.shape[1:]) for x in inputs]
+        apart = [packing.by_head(x).to(dtype) for x in (*inputs, gradients[0])]
+        packing.clear_pads(apart[3], h)
+        found = [apart[0].new_empty(len(packing.places) * x.shape[1], x.shape[2]) for x in inputs]
+        counts = (h, heads, heads)
         for group, weights in zip(packing.groups, kept):
-            q, k, v, slope = (group.by_head(x, heads, dtype) for x in (*apart, slopes))
-            for_v = torch.bmm(weights.transpose(1, 2), slope)
+            q, k, v, slope = (_by_key(group, x, count, heads) for x, count in zip(apart, (*counts, h)))
+            for_q, for_k, for_v = (_by_key(group, x, count, heads) for x, count in zip(found, counts))
+            torch.bmm(weights.transpose(1, 2), slope, out=for_v)
             for_weights = torch.bmm(slope, v.transpose(1, 2)).to(wide)
             scores = torch._softmax_backward_data(for_weights, weights.to(wide), -1, wide).mul_(ctx.scale).to(dtype)
-            for_q, for_k = torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q)
-            for gradient, places in zip((for_q, for_k, for_v), found):
-                group.put(gradient, heads, places)
-        return *(packing.together(places) for places in found), None, None
+            torch.bmm(scores, k, out=for_q)
+            torch.bmm(scores.transpose(1, 2), q, out=for_k)
+        slopes = (packing.together(places, count).to(x.dtype) for places, count, x in zip(found, counts, inputs))
+        return *slopes, None, None
+
+
+def _by_key(group: Group, places: Tensor, count: int, heads: int) -> Tensor:
+    """A group's part of rows by head, of which there are `count`, as (rows * heads, (count / heads) * L, d): the queries of a key one
+    below the other."""
+    part = group.of(places, count)
+    return part.view(group.rows * heads, -1, part.shape[-1])
 
 
 def _mixing_dtype(value: Tensor) -> torch.dtype:
@@ -295,7 +191,7 @@ def _causal(length: int, queries: int, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    mask: Tensor | None = None if _active.get() is not None else sdpa_mask(*args, **kwargs)
+    mask: Tensor | None = None if active_packing() is not None else sdpa_mask(*args, **kwargs)
     return mask
 
 

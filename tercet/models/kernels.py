@@ -27,7 +27,7 @@ from tercet.algo.products import (
     product_dtype,
     transposed_product,
 )
-from tercet.models.attention import active_packing
+from tercet.models.packing import active_packing
 
 
 def fuse_activations(model: PreTrainedModel) -> None:

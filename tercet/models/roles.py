@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
-from tercet.models.attention import Packing, attention_window, use_packed_attention
+from tercet.models.attention import attention_window, use_packed_attention
 from tercet.models.kernels import fuse_activations, use_fast_products
 from tercet.models.load import embedding_rows
+from tercet.models.packing import Packing
 from tercet.types import Sequences, TercetError
 
 

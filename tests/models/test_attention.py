@@ -12,9 +12,9 @@ from model_zoo import ARCHITECTURES, OWN_LOGITS, SHAPES, causal_lm, ragged
 from torch import Tensor
 
 from tercet.models import attention
-from tercet.models.attention import Packing, active_packing
 from tercet.models.decoding import attend
 from tercet.models.kernels import recompute_activations
+from tercet.models.packing import Packing, active_packing
 from tercet.models.roles import Policy, ScoreModel
 from tercet.types import Sequences
 
@@ -53,12 +53,18 @@ def test_groups_hold_every_token_once_and_few_pads():
     _, lens = texts(LENGTHS)
     packing = Packing.of(lens, 25)
     assert [(group.rows, group.length) for group in packing.groups] == [(3, 32), (1, 16), (1, 8), (1, 8), (1, 8)]
-    marks = torch.arange(len(packing.positions), dtype=torch.float32)[:, None, None]
-    there = torch.cat([marks.index_select(0, packing.places), marks[:1]])
-    back = packing.together(there)
-    torch.testing.assert_close(back[: sum(LENGTHS)], marks[: sum(LENGTHS)])
-    assert not back[sum(LENGTHS) :].any()
-    assert len(packing.pads) == 3 * 32 + 16 + 3 * 8 - sum(LENGTHS)
+    assert packing.pads.sum() == 3 * 32 + 16 + 3 * 8 - sum(LENGTHS)
+    marks = torch.arange(4.0 * len(packing.positions)).view(-1, 2, 2)
+    heads_first, within = (marks.transpose(0, 1), marks.transpose(1, 2))
+    padded = torch.nn.functional.pad(marks, (0, 1))[..., :2]
+    for lie in (marks, heads_first.contiguous().transpose(0, 1), within.contiguous().transpose(1, 2), padded):
+        there = packing.by_head(lie)
+        tokens = [*range(25), *[24] * 7]
+        assert there[:32].tolist() == [[4.0 * token, 4.0 * token + 1] for token in tokens], "the longest text's first head"
+        assert there[32:64].tolist() == [[4.0 * token + 2, 4.0 * token + 3] for token in tokens]
+        back = packing.together(there, 2)
+        assert torch.equal(back[: sum(LENGTHS)], marks[: sum(LENGTHS)]) and not back[sum(LENGTHS) :].any()
+        assert packing.clear_pads(there, 2).count_nonzero() == 4 * sum(LENGTHS) - 1, "the first mark is 0"
 
 
 @pytest.mark.parametrize("short", [256, 0], ids=["by hand", "fused"])

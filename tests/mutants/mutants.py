@@ -464,19 +464,46 @@ UPDATE: list[Row] = [
     ),
 ]
 
-PACKING: list[Row] = [
+ATTENTION: list[Row] = [
     ("attention looks ahead", "-torch.inf, dtype=dtype).triu_(1)", "-torch.inf, dtype=dtype).triu_(2)"),
-    ("positions go on over texts", "F.pad(tokens % width, (0, spare))", "F.pad(torch.arange(len(tokens)), (0, spare))"),
     ("attention is not scaled", "k.transpose(1, 2), alpha=scale)", "k.transpose(1, 2))"),
     ("gradients of queries and keys are not scaled", "-1, wide).mul_(ctx.scale)", "-1, wide)"),
     (
         "scores are rounded to the precision of values",
-        ".softmax(-1).to(dtype)\n                group",
-        ".to(dtype).softmax(-1)\n                group",
+        ".softmax(-1).to(dtype)\n                torch",
+        ".to(dtype).softmax(-1)\n                torch",
     ),
-    ("pads have gradients", ".index_fill_(0, packing.pads, 0.0)", ".index_fill_(0, packing.pads[:0], 0.0)"),
-    ("texts of a group share queries", "permute(0, 2, 3, 1, 4)\n", "permute(0, 3, 2, 1, 4)\n"),
-    ("spare tokens have states", "places[-1].zero_()", "places[-1].fill_(1.0)"),
+    ("pads have gradients", "packing.clear_pads(apart[3], h)", "pass"),
+    ("heads are mixed up with texts", "group.rows * heads, -1, part.shape[-1]", "-1, group.length, part.shape[-1]"),
+    (
+        "keys and queries have each other's gradients",
+        "torch.bmm(scores.transpose(1, 2), q, out=for_k)",
+        "torch.bmm(scores.transpose(1, 2), k, out=for_k)",
+    ),
+]
+
+PACKING: list[Row] = [
+    ("positions go on over texts", "F.pad(tokens % width, (0, spare))", "F.pad(torch.arange(len(tokens)), (0, spare))"),
+    (
+        "tokens lie as heads would",
+        "(token * group.of(self.places, 1).squeeze(-1) + shifts)",
+        "(head * group.of(self.places, 1).squeeze(-1) + token * torch.arange(heads)[:, None])",
+    ),
+    ("spare tokens have states", "tokens[len(self.tokens) :].zero_()", "pass"),
+    (
+        "a pad stands for its text's last token",
+        "places[real]",
+        "places[real] * 0 + places[self._rows(heads, heads, 1).argsort()[: len(places[real])]]",
+    ),
+    ("what does not lie in rows is taken for it", "            x = x.contiguous()", "            pass"),
+    (
+        "long texts' pads have gradients",
+        "ctx.packing.clear_pads(ctx.packing.by_head(gradients[0]), ctx.heads)",
+        "ctx.packing.by_head(gradients[0])",
+    ),
+]
+
+CARRIED: list[Row] = [
     ("what carries states past attention is packed", "tolerance * own.abs().max()) for row", "1e9 * own.abs().max()) for row"),
 ]
 
@@ -725,8 +752,9 @@ MUTANTS: list[Mutant] = [
     *_of("stages/update.py", f"{PEERS}17_gradients_do_not_depend_on_micro_batches", SPLIT),
     *_of("stages/update.py", f"{PEERS}11_trained_tokens_are_the_sampled_ones_at_their_temperature", TEMPERATURE),
     *_of("generation/sampling.py", "generation/test_sampling.py", SAMPLING),
-    *_of("models/attention.py", "models/test_attention.py", PACKING[:-1]),
-    *_of("models/roles.py", "models/test_attention.py", PACKING[-1:]),
+    *_of("models/attention.py", "models/test_attention.py", ATTENTION),
+    *_of("models/packing.py", "models/test_attention.py", PACKING),
+    *_of("models/roles.py", "models/test_attention.py", CARRIED),
     *_of("models/decoding.py", "models/test_attention.py", DECODING),
     *_of(
         "generation/native.py",
