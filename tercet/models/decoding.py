@@ -13,49 +13,44 @@ import warnings
 import torch
 from torch import Tensor
 
+from tercet.models.rows import as_rows
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale * Q K^T + mask) V: query (B, h, 1, d), key (B, heads, L, d), value (B, heads, L, e), mask (B or 1, 1, 1, L), added or
     bool, -> (B, 1, h, e) of the values' dtype. Scores and softmax in the keys' precision, float32 or float64, weights rounded to the
     values'; no gradients."""
     rows, h = query.shape[:2]
-    (keys, key_room), (values, value_room) = _table(key), _table(value)
-    wanted = _wanted(rows, h, key.shape[1], key.shape[2], key_room, key.dtype)
+    shape = (rows, h, *key.shape[1:3])
+    (keys, key_steps), (values, value_steps) = as_rows(key), as_rows(value)
+    wanted = _wanted(shape, key_steps, len(keys), key.dtype)
     queries = query.to(key.dtype).reshape(rows * h, -1)
     scores = torch.sparse.sampled_addmm(wanted, queries, keys.t(), beta=0.0, alpha=scale).values().view(rows, h, -1)
     if mask is not None:
         mask = mask[:, 0]
         scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype is torch.bool else scores.add_(mask)
     weights = scores.softmax(-1).to(value.dtype).flatten()
-    starts, places = _places(rows, h, value.shape[1], value.shape[2], value_room)
+    starts, places = _places(shape, value_steps)
     # Arguments: no scaling by frequency, 0 for sums, nothing sparse; `starts` holds the end of the last row too.
     mixed: Tensor = torch.embedding_bag(values, places, starts, False, 0, False, weights, True)[0]
     return mixed.view(rows, 1, h, -1)
 
 
-def _table(states: Tensor) -> tuple[Tensor, int]:
-    """(B, heads, L, d) as the rows (n, d) of the memory in which it lies, and how many of them each head has from its first on."""
-    rows, heads, length, size = states.shape
-    head = states.stride(1)
-    if states.stride()[2:] != (size, 1) or head % size or states.stride(0) != heads * head:
-        states, head = states.contiguous(), length * size
-    room = head // size
-    return states.as_strided(((rows * heads - 1) * room + length, size), (size, 1)), room
-
-
 @functools.lru_cache(maxsize=4)  # one for each step, of which every layer asks the same
-def _places(rows: int, h: int, heads: int, length: int, room: int) -> tuple[Tensor, Tensor]:
-    """Where each query's (B * h) rows of a table begin in the list of all, and that list, both int32."""
-    first = torch.arange(rows * h, dtype=torch.int32).div_(h // heads, rounding_mode="floor") * room
-    places = (first[:, None] + torch.arange(length, dtype=torch.int32)).flatten()
+def _places(shape: tuple[int, ...], steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Where each query's (B * h) part of the list of all rows begins, and that list, both int32: of `shape` (B, h, heads, L) and keys or
+    values `steps` rows apart."""
+    batch, h, heads, length = shape
+    row, head, token = (step * torch.arange(count, dtype=torch.int32) for step, count in zip(steps, (batch, heads, length)))
+    places = (row[:, None, None] + head.repeat_interleave(h // heads)[:, None] + token).flatten()
     return torch.arange(0, len(places) + 1, length, dtype=torch.int32), places
 
 
 @functools.lru_cache(maxsize=4)
-def _wanted(rows: int, h: int, heads: int, length: int, room: int, dtype: torch.dtype) -> Tensor:
-    """The sparse matrix (B * h, n) of the products that are wanted of all queries with all rows of a table."""
-    starts, places = _places(rows, h, heads, length, room)
-    size = (rows * h, (rows * heads - 1) * room + length)
+def _wanted(shape: tuple[int, ...], steps: tuple[int, ...], count: int, dtype: torch.dtype) -> Tensor:
+    """The sparse matrix (B * h, count) of the products that are wanted of all queries with all `count` rows of the keys' memory."""
+    starts, places = _places(shape, steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse", UserWarning)  # that the layout may change, once a process
+        size = (len(starts) - 1, count)
         return torch.sparse_csr_tensor(starts, places, torch.zeros(len(places), dtype=dtype), size, check_invariants=False)

@@ -24,6 +24,7 @@ from tercet.algo.products import (
     linear_product,
     onednn_computes,
     onednn_multiplies,
+    packing_pays,
     product_dtype,
     transposed_product,
 )
@@ -211,7 +212,7 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
     layers: list[Any] = []
     if not torch.is_grad_enabled():
         linear: list[Any] = [module for module in model.modules() if type(module) in (*_FAST, *_FAST.values())]
-        layers = [layer for layer in linear if dtype is torch.bfloat16 or onednn_multiplies(layer.weight, rows, least=2**20)]
+        layers = [layer for layer in linear if dtype is torch.bfloat16 or packing_pays(layer.weight, rows)]
     layers += [module for module in model.modules() if layers and _has_adapter(module)]
     activated = {layer: activation for layer, activation in _activated(model, dtype) if layer in layers}
     forwards: dict[Any, Any] = {activation: _unchanged for activation in activated.values()}
@@ -252,11 +253,15 @@ def _packed(layer: Any, rows: int, dtype: torch.dtype, *, centred: bool, gelu: b
     weight = head_rows(weight, dtype, head_centre(weight, dtype) if centred else None)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     if not onednn_computes(weight):
-        return functools.partial(F.linear, weight=weight, bias=bias)
+        return functools.partial(_rounded_product, weight, bias)
     after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
     return functools.partial(
         _packed_product, torch.ops.mkldnn._reorder_linear_weight(contiguous(weight), rows), bias, dtype, after
     )
+
+
+def _rounded_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def _packed_sum(parts: tuple[Any, Any, Any], scale: float, dtype: torch.dtype, x: Tensor) -> Tensor:

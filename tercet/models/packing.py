@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tercet.models.rows import as_rows
+
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
 # For each new shape oneDNN compiles code, and keeps it.
 _ROUND = 32  # tokens of a batch are a multiple of this
@@ -93,12 +95,8 @@ class Packing:
 
     def by_head(self, x: Tensor) -> Tensor:
         """Tokens (N, h, d), however they lie in memory, at the places by head (P * h, d)."""
-        count, heads, size = x.shape
-        if x.stride(2) != 1 or x.stride(0) % size or x.stride(1) % size:
-            x = x.contiguous()
-        token, head = x.stride(0) // size, x.stride(1) // size
-        rows = x.as_strided(((count - 1) * token + (heads - 1) * head + 1, size), (size, 1))
-        return rows.index_select(0, self._once(self._rows, heads, token, head))
+        rows, steps = as_rows(x)
+        return rows.index_select(0, self._once(self._rows, x.shape[1], *steps))
 
     def together(self, places: Tensor, heads: int) -> Tensor:
         """What stands at the places by head (P * h, d), as tokens (N, h, d); 0 for the spare ones."""

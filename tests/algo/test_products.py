@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tercet.algo import products
-from tercet.algo.products import contiguous, linear_product, onednn_computes, onednn_multiplies, product_dtype, transposed_product
+from tercet.algo.products import (
+    contiguous,
+    linear_product,
+    onednn_computes,
+    onednn_multiplies,
+    packing_pays,
+    product_dtype,
+    transposed_product,
+)
 
 
 @pytest.fixture
@@ -41,7 +49,8 @@ def test_products_are_those_of_float64_up_to_rounding(
     elif layout == "columns of a wider one":
         weight = torch.randn(512, 1100).bfloat16()[:, 50:1074]
     parts: list[int] = []
-    product = products._by_onednn
+    product = products._by_onednn if onednn_computes(x) else torch.nn.functional.linear
+    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: True)
     monkeypatch.setattr(products, "_by_onednn", lambda x, *rest: parts.append(len(x)) or product(x, *rest))  # type: ignore[func-returns-value]
     found = linear_product(x, weight, bias)
     wanted = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
@@ -106,17 +115,26 @@ def test_the_gradient_of_a_weight(shape: tuple[int, int, int], dtype: torch.dtyp
     assert (found.double() - wanted).abs().max() <= 16 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
-def test_only_amds_wide_processors_have_an_mkl_that_holds_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    held_back = products._mkl_holds_back.__wrapped__
+@pytest.mark.parametrize(
+    ("vendor", "capability", "holds_back", "packs"),
+    [
+        ("AuthenticAMD", "AVX512", True, [False, True, True]),
+        ("AuthenticAMD", "AVX2", False, [False, False, True]),
+        ("GenuineIntel", "AVX512", False, [False, False, False]),
+    ],
+)
+def test_on_amds_processors_mkl_may_hold_back_and_packing_pays(
+    vendor: str, capability: str, holds_back: bool, packs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_mkl_holds_back", "_is_amds"):
+        monkeypatch.setattr(products, name, getattr(products, name).__wrapped__)  # as at the first call
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for vendor, capability, wanted in (
-        ("AuthenticAMD", "AVX512", True),
-        ("AuthenticAMD", "AVX2", False),
-        ("GenuineIntel", "AVX512", False),
-    ):
-        monkeypatch.setattr(products, "_vendor", lambda vendor=vendor: vendor)
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert held_back() is wanted
+    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products._mkl_holds_back() is holds_back
+    weight = torch.zeros(2**9, 2**7)
+    assert [packing_pays(weight, rows) for rows in (15, 16, 128)] == packs
+    assert not packing_pays(weight.double(), 128)
 
 
 def test_the_processors_maker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_the_tail_of_a_large_vocabulary_keeps_its_mass(dtype: torch.dtype) -> No
             assert token == 0 and logprob == pytest.approx(math.log(exact), abs=1e-6)
         else:
             place = 1 + (uniform - exact) / (1 - exact) * (size - 1)
-            assert abs(token + 0.5 - place) < 0.52  # float32 weights put the edges 0.01 of a token away, at most
+            assert abs(token + 0.5 - place) < 0.6  # the first block's float32 sum of one half is off by 0.05 of a token at most
             assert logprob == pytest.approx(math.log((1 - exact) / (size - 1)), abs=1e-6)
     assert sum(token >= 50_000 for token in tokens.tolist()) == sum(u >= exact + (1 - exact) / 3 for u in grid.tolist())
 

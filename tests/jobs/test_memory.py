@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tercet.algo.products import onednn_computes
 from tercet.config import load_config
 from tercet.jobs.memory import GIB, HEAD_CHUNK, MIB, PROCESS, Load, Shape, _activations, load_of, needs
 from tercet.models.roles import Policy
@@ -129,6 +130,8 @@ def test_weights_and_training_state_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [32, 128, 320, 520])
 def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: str, dtype: torch.dtype, length: int) -> None:
+    if not onednn_computes(torch.zeros(1, dtype=dtype)):
+        pytest.skip("where bfloat16 is emulated attention keeps more; nothing chooses it there")
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
     if architecture == "gpt2":
         sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -189,6 +192,7 @@ def test_the_document_has_the_table() -> None:
 
 RUN = """
 import sys
+from tercet.algo.products import onednn_computes
 from tercet.config import load_config
 from tercet.pipeline import Pipeline
 Pipeline(load_config(sys.argv[1])).run([sys.argv[2]])

@@ -10,12 +10,17 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from tercet.algo import products
+from tercet.models import kernels
 from tercet.models.kernels import (
     fuse_activations,
     packed_weights,
     recompute_activations,
     use_fast_adapters,
     use_fast_products,
+)
+
+needs_bfloat16 = pytest.mark.skipif(
+    not products.onednn_computes(torch.zeros(1).bfloat16()), reason="a processor without bfloat16"
 )
 
 
@@ -133,14 +138,15 @@ def test_packed_weights_give_the_same_products_and_go_again():
     assert not any("forward" in vars(layer) for layer in packed)
 
 
-@pytest.mark.parametrize("holds_back", [True, False])
-def test_float32_weights_are_packed_where_that_is_faster(holds_back: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(products, "_mkl_holds_back", lambda: holds_back)
+@pytest.mark.parametrize("pays", [True, False])
+def test_float32_weights_are_packed_where_that_is_faster(pays: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "_mkl_holds_back", lambda: pays)
+    monkeypatch.setattr(products, "_is_amds", lambda: pays)
     model = nn.Sequential(Conv1D(2100, 50), nn.Linear(2100, 60), Conv1D(8, 60))  # the last is small
     x = torch.randn(10, 50)
     wanted = model(x)
     with torch.no_grad(), packed_weights(model, 10, torch.float32):
-        assert ["forward" in vars(layer) for layer in model] == [holds_back, holds_back, False]
+        assert ["forward" in vars(layer) for layer in model] == [pays, pays, False]
         for rows in (10, 3):
             torch.testing.assert_close(model(x[:rows]), wanted[:rows], rtol=1e-4, atol=1e-5)
 
@@ -158,21 +164,29 @@ def test_a_packed_head_leaves_out_what_its_rows_have_in_common():
             assert limit / 10 < worst < limit
 
 
-@pytest.mark.parametrize("has_bfloat16", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_new", "relu"])
-def test_packed_weights_of_gpt2_activate_what_they_multiply(activation: str, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: has_bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "by_onednn"),
+    [(torch.float32, True), pytest.param(torch.bfloat16, True, marks=needs_bfloat16), (torch.bfloat16, False)],
+    ids=str,
+)
+def test_packed_weights_of_gpt2_activate_what_they_multiply(
+    activation: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: by_onednn)
+    monkeypatch.setattr(kernels, "packing_pays", lambda weight, rows: True)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, activation_function=activation)).eval()
     fuse_activations(model)
     mlp, x = model.transformer.h[0].mlp, 4 * torch.randn(3, 1, 32)
     wanted = mlp(x)
     activated: list[bool] = []
     mlp.act.register_forward_hook(lambda module, inputs, output: activated.append(torch.equal(inputs[0], output)))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        with packed_weights(model, 3, torch.bfloat16):
-            torch.testing.assert_close(mlp(x).float(), wanted, rtol=0.02, atol=0.05)
-        torch.testing.assert_close(mlp(x).float(), wanted, rtol=0.02, atol=0.05)
-    assert activated == [has_bfloat16 and activation == "gelu_new", False], "as it is, where the product did it"
+    tolerances = {"rtol": 0.02, "atol": 0.05} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with packed_weights(model, 3, dtype):
+            torch.testing.assert_close(mlp(x).float(), wanted, **tolerances)
+        torch.testing.assert_close(mlp(x).float(), wanted, **tolerances)
+    assert activated == [by_onednn and activation == "gelu_new", False], "as it is, where the product did it"
     assert "forward" not in vars(mlp.act) and "forward" not in vars(mlp.c_fc)
 
 

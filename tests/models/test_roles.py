@@ -98,14 +98,15 @@ def test_values_are_read_before_each_token_and_scores_at_the_last(architecture: 
     weight = model.score.weight.detach().double()[0].clone()
     sequences = ragged(SHAPES)
     scorer = ScoreModel(model, DOUBLE)
+    rounding = 1e-6 if architecture == "gemma2" else 1e-10  # its norms are computed in float32 whatever the model is in
     with torch.no_grad():
         scores, values = scorer(sequences), scorer(sequences, per_token=True)
         for row, (prompt_len, length) in enumerate(SHAPES):
             ids = sequences.input_ids[row : row + 1, : prompt_len + length]
             every = trunk(input_ids=ids).last_hidden_state[0] @ weight + 0.75
-            assert scores[row].item() == pytest.approx(every[-1].item(), abs=1e-10)
+            assert scores[row].item() == pytest.approx(every[-1].item(), abs=rounding)
             for t in range(length):
-                assert values[row, t].item() == pytest.approx(every[prompt_len - 1 + t].item(), abs=1e-10)
+                assert values[row, t].item() == pytest.approx(every[prompt_len - 1 + t].item(), abs=rounding)
             assert bool((values[row, length:] == 0).all())
 
 

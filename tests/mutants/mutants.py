@@ -495,7 +495,6 @@ PACKING: list[Row] = [
         "places[real]",
         "places[real] * 0 + places[self._rows(heads, heads, 1).argsort()[: len(places[real])]]",
     ),
-    ("what does not lie in rows is taken for it", "            x = x.contiguous()", "            pass"),
     (
         "long texts' pads have gradients",
         "ctx.packing.clear_pads(ctx.packing.by_head(gradients[0]), ctx.heads)",
@@ -511,14 +510,14 @@ DECODING: list[Row] = [
     ("decoding does not see what is masked", "scores.masked_fill_(~mask, -torch.inf)", "scores"),
     ("decoding adds no mask", "else scores.add_(mask)", "else scores"),
     ("decoding is not scaled", "beta=0.0, alpha=scale", "beta=0.0, alpha=1.0"),
-    ("query heads take other keys", 'div_(h // heads, rounding_mode="floor")', "remainder_(heads)"),
-    (
-        "a head's rows follow the last one's at once",
-        "(rows * heads - 1) * room + length, size), (size, 1)), room",
-        "(rows * heads - 1) * room + length, size), (size, 1)), length",
-    ),
-    ("how memory lies is passed over", "states, head = states.contiguous(), length * size", "head = length * size"),
+    ("query heads take other keys", "head.repeat_interleave(h // heads)", "head.repeat(h // heads)"),
     ("weights are summed in another order", "embedding_bag(values, places,", "embedding_bag(values, places.flip(0),"),
+]
+
+ROWS: list[Row] = [
+    ("what does not lie in rows is taken for it", "        x = x.contiguous()", "        pass"),
+    ("rows lie as in a copy", "x.stride()[:-1])\n    last", "x.contiguous().stride()[:-1])\n    last"),
+    ("the last row is cut off", "(last + 1, size)", "(last, size)"),
 ]
 
 SAMPLING: list[Row] = [
@@ -569,6 +568,8 @@ PRODUCTS: list[Row] = [
     ("everything in halves", "if lopsided and x.dtype is torch.bfloat16:", "if True:"),
     ("the last columns are not copied", "zip(torch.split(copied, 64, dim=1),", "zip(torch.split(copied, 64, dim=1)[:-1],"),
     ("MKL is thought to hold back on Intel's processors", '_vendor() == "AuthenticAMD"', "True"),
+    ("packing is thought to pay for small weights", "work >= _MUCH and _is_amds()", "_is_amds()"),
+    ("packing is thought to pay where MKL holds back alone", "or (work >= _MUCH and _is_amds())", "or False"),
     ("the wider of two is copied, and comes out transposed", "left.t(), None).t())", "left.t(), None))"),
     ("halves without the bias", "_by_onednn(part, weight, bias)", "_by_onednn(part, weight, None)"),
     ("oneDNN's reference code", "weight.is_contiguous() or weight.t().is_contiguous()", "True"),
@@ -756,6 +757,7 @@ MUTANTS: list[Mutant] = [
     *_of("models/packing.py", "models/test_attention.py", PACKING),
     *_of("models/roles.py", "models/test_attention.py", CARRIED),
     *_of("models/decoding.py", "models/test_attention.py", DECODING),
+    *_of("models/rows.py", "models/test_attention.py", ROWS),
     *_of(
         "generation/native.py",
         GREEDY,

@@ -8,9 +8,9 @@ into docs/conformance.md.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from conformance.document import replace_section
+from conformance.document import read_section, replace_section
 from mutants.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,19 +140,22 @@ def section(verdicts: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def written() -> dict[str, str]:
+    """The verdicts that docs/conformance.md holds, by "file: name"."""
+    rows = re.findall(r"^\| (\S+\.py) \| (.*?) \| .*? \| (\S.*?) \|$", read_section("mutants"), re.MULTILINE)
+    return {f"tercet/{file}: {name}": verdict.partition(":")[0] for file, name, verdict in rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "only", nargs="?", default="", help="run only mutants whose 'file: name' contains this, and write nothing"
+        "only", nargs="*", help="run only mutants whose 'file: name' contains one of these; the others' verdicts stay as they are"
     )
-    parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
     arguments = parser.parse_args()
-    verdicts = run_all(mutant for mutant in MUTANTS if arguments.only in f"{mutant.file}: {mutant.name}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(verdicts, indent=1), encoding="utf-8")
+    wanted = arguments.only or [""]
+    verdicts = run_all(mutant for mutant in MUTANTS if any(part in f"{mutant.file}: {mutant.name}" for part in wanted))
     survivors = [name for name, verdict in verdicts.items() if verdict == "survived"]
-    if not arguments.only:
-        replace_section("mutants", section(verdicts))
+    replace_section("mutants", section({f"{m.file}: {m.name}": "not run" for m in MUTANTS} | written() | verdicts))
     print(f"{len(verdicts)} mutants, {len(survivors)} survived" + "".join(f"\n  {name}" for name in survivors))
     return 1 if survivors else 0
 
