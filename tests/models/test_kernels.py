@@ -41,7 +41,14 @@ def test_the_fused_activation_gives_the_same_logits_and_no_slow_one_is_left():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(3, 7), (1, 700, 760), (2, 300, 900)])  # the first is too small for oneDNN's kernel
-def test_the_fused_activation_and_its_gradient_are_those_of_float64_up_to_rounding(dtype: torch.dtype, shape: tuple[int, ...]):
+@pytest.mark.parametrize("has_avx512", [True, False])
+def test_the_fused_activation_and_its_gradient_are_those_of_float64_up_to_rounding(
+    has_avx512: bool, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(products, "_has_avx512", lambda: has_avx512)
+    asked: list[torch.Tensor] = []
+    own = kernels._OneDNNGELU.forward
+    monkeypatch.setattr(kernels._OneDNNGELU, "forward", lambda ctx, x: asked.append(x) or own(ctx, x))
     model = gpt2()
     fuse_activations(model)
     fused = model.transformer.h[0].mlp.act
@@ -51,6 +58,7 @@ def test_the_fused_activation_and_its_gradient_are_those_of_float64_up_to_roundi
     for activation, given in zip((fused, NewGELUActivation()), inputs):
         activation(given).backward(slope.to(given.dtype))
     found, wanted = fused(x), NewGELUActivation()(x.double())
+    assert bool(asked) is (has_avx512 and x.numel() > 1000 and products.onednn_computes(x))
     assert found.dtype is dtype and found.shape == x.shape
     gradient, exact = inputs[0].grad, inputs[1].grad
     assert gradient is not None and exact is not None
@@ -174,6 +182,7 @@ def test_packed_weights_of_gpt2_activate_what_they_multiply(
     activation: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: by_onednn)
+    monkeypatch.setattr(products, "_has_avx512", lambda: True)
     monkeypatch.setattr(kernels, "packing_pays", lambda weight, rows: True)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, activation_function=activation)).eval()
     fuse_activations(model)
