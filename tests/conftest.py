@@ -15,6 +15,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, lest at the end one worker waits for the other."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_quickstart"))
+
+
 THINGS = ("rain", "snow", "bread", "music", "the moon", "a river", "the wind", "a song", "winter", "honey")
 QUESTIONS = ("What is {}?", "Describe {} simply.", "Why do people like {}?", "Tell a child about {}.")
 OPENINGS = ("It is something that", "Many people say that it", "You can think of it as what")

@@ -96,21 +96,26 @@ def _keep_freed_memory() -> None:
 @functools.cache
 def measured_rate(dtype: torch.dtype, device: str) -> float:
     """Floating-point operations a second of matrix products in `dtype` on this process's threads, or on a device of another type,
-    measured once (0.2 s).
+    measured once (some half a second).
 
-    The best of several products of two sizes, a multiply and an add counted as two. (Of 1,024 x 1,024 x 1,024 in bfloat16 oneDNN gave
-    two threads no more than one, 1.5 TFLOP/s; of 2,048 x 2,048 x 2,048 2.4.)
+    The best of several products of growing sizes, a multiply and an add counted as two. (Of 1,024 x 1,024 x 1,024 in bfloat16 oneDNN
+    gave two threads no more than one, 1.5 TFLOP/s; of 2,048 x 2,048 x 2,048 2.4.) None that would take much longer than all of it: a
+    processor without bfloat16 took a minute for the largest.
     """
-    sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
+    sizes = (256, 1024, 2048) if device == "cpu" else (4096, 8192)
     best = 0.0
     for size in sizes:
+        if best and 2 * size**3 / best > 0.5:
+            break
         left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-        until = time.perf_counter() + 0.1
-        while (start := time.perf_counter()) < until:
+        start = time.perf_counter()
+        until = start + 0.1
+        while start < until:
             product = left @ right
             if device != "cpu":
                 product[0, 0].item()
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            end = time.perf_counter()
+            best, start = max(best, 2 * size**3 / (end - start)), end
     return best
 
 

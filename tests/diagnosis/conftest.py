@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import merged
+from filelock import FileLock
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 Record = dict[str, Any]
@@ -50,26 +52,31 @@ def settings(data: Path, seed: int) -> Record:
 
 
 class Clinic:
-    """Makes the runs. `healthy` is made once a seed; `broken` begins from its stages before the one that breaks."""
+    """Makes the runs, all workers' in one folder. `healthy` is made once a seed; `broken` begins from its stages before the one that
+    breaks."""
 
     def __init__(self, folder: Path):
+        folder.mkdir(exist_ok=True)
         self.folder = folder
+        self._alone = FileLock(folder / "lock")
 
     def data(self, seed: int) -> Path:
         from tercet.world import Sizes, generate
 
         folder = self.folder / f"data-{seed}"
-        if not folder.exists():
-            counts = {"pretrain": 5000, "demonstrations": 800, "comparisons": 4000, "rankings": 0, "eval_known": 800}
-            generate(folder, seed=seed, sizes=Sizes(**counts, eval_new=0, eval_prompts_known=160, eval_prompts_new=0))
+        with self._alone:
+            if not folder.exists():
+                counts = {"pretrain": 5000, "demonstrations": 800, "comparisons": 4000, "rankings": 0, "eval_known": 800}
+                generate(folder, seed=seed, sizes=Sizes(**counts, eval_new=0, eval_prompts_known=160, eval_prompts_new=0))
         return folder
 
     def healthy(self, seed: int = 0) -> Path:
         import tercet
 
         folder = self.folder / f"healthy-{seed}"
-        if not (folder / "report.html").exists():
-            tercet.run(settings(self.data(seed), seed) | {"output": str(folder)})
+        with self._alone:
+            if not (folder / "report.html").exists():
+                tercet.run(settings(self.data(seed), seed) | {"output": str(folder)})
         return folder
 
     def broken(self, name: str, from_stage: str, changes: Mapping[str, Any]) -> Path:
@@ -93,13 +100,16 @@ class Clinic:
 
     def write(self, name: str, records: Iterable[Mapping[str, Any]]) -> str:
         path = self.folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        with self._alone:
+            if not path.exists():
+                path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         return str(path)
 
 
 @pytest.fixture(scope="session")
 def clinic(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
-    return Clinic(tmp_path_factory.mktemp("clinic"))
+    own = tmp_path_factory.getbasetemp()
+    return Clinic((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "clinic")
 
 
 @pytest.fixture(scope="session")

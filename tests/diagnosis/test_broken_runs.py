@@ -32,6 +32,16 @@ def the(prompts, responses, **fields):
 BRIEF = {"iterations": 2, "evaluate_every": 0}  # of PPO, where an earlier stage is what breaks
 
 
+def few(clinic: Any, count: int) -> dict[str, Any]:
+    """The first comparisons alone."""
+    return {"comparisons": clinic.write(f"{count}-comparisons", clinic.records("comparisons")[:count])}
+
+
+def broken_sft(clinic: Any, **changes: Any) -> dict[str, Any]:
+    """A break in SFT or before; of what comes after it no more than a report needs."""
+    return {"data": few(clinic, 400), "reward": {"judge": False}, "ppo": BRIEF, **changes}
+
+
 def shuffled(clinic: Any, name: str) -> str:
     """Comparisons whose labels say nothing."""
     rng = random.Random(name)
@@ -55,7 +65,7 @@ def longer(clinic: Any, name: str) -> str:
 
 def rewarded(clinic: Any, name: str, **changes: Any) -> dict[str, Any]:
     """PPO against one of the functions above."""
-    path = clinic.folder / "rewards.py"
+    path = clinic.folder / f"{name}.py"  # of one test alone
     path.write_text(REWARDS)
     return {"ppo": {"rewards": [{"kind": "function", "function": f"{path}:{name}"}], "kl": {"coef": 0.02}, **changes}}
 
@@ -65,11 +75,15 @@ Change = Callable[[Any], dict[str, Any]]
 BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     "texts without an end": (
         "pretrain",
-        lambda clinic: {"pretrain": {"max_length": 20}, "sft": {"max_length": 20}, "ppo": BRIEF, "reward": {"judge": False}},
+        lambda clinic: broken_sft(clinic, pretrain={"max_length": 20}, sft={"max_length": 20}),
         {"sft_stop"},
     ),
-    "SFT that learns nothing": ("sft", lambda clinic: {"sft": {"learning_rate": 1e-8}, "ppo": BRIEF}, {"sft_none"}),
-    "SFT for far too long": ("sft", lambda clinic: {"sft": {"learning_rate": 3e-3, "epochs": 12}, "ppo": BRIEF}, {"sft_overfit"}),
+    "SFT that learns nothing": ("sft", lambda clinic: broken_sft(clinic, sft={"learning_rate": 1e-8}), {"sft_none"}),
+    "SFT for far too long": (
+        "sft",
+        lambda clinic: broken_sft(clinic, sft={"learning_rate": 3e-3, "epochs": 12}),
+        {"sft_overfit"},
+    ),
     "shuffled preference labels": (
         "reward",
         lambda clinic: {
@@ -88,15 +102,12 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     ),
     "20 comparisons": (
         "reward",
-        lambda clinic: {"data": {"comparisons": clinic.write("twenty", clinic.records("comparisons")[:20])}, "ppo": BRIEF},
+        lambda clinic: {"data": few(clinic, 20), "ppo": BRIEF},
         {"reward_few"},
     ),
     "120 comparisons and none to measure with": (
         "reward",
-        lambda clinic: {
-            "data": {"comparisons": clinic.write("few", clinic.records("comparisons")[:120]), "eval_comparisons": None},
-            "ppo": BRIEF,
-        },
+        lambda clinic: {"data": few(clinic, 120) | {"eval_comparisons": None}, "ppo": BRIEF},
         {"reward_few", "reward_unmeasured"},
     ),
     "annotators who look at length alone": (
@@ -106,11 +117,7 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     ),
     "a reward model trained for 12 epochs": (
         "reward",
-        lambda clinic: {
-            "data": {"comparisons": clinic.write("some", clinic.records("comparisons")[:300])},
-            "reward": {"epochs": 12},
-            "ppo": BRIEF,
-        },
+        lambda clinic: {"data": few(clinic, 300), "reward": {"epochs": 12}, "ppo": BRIEF},
         {"reward_overfit", "reward_overconfident"},
     ),
     "kl_coef 100": ("ppo", lambda clinic: {"ppo": {"kl": {"coef": 100.0}}}, {"kl_none"}),

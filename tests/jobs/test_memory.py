@@ -224,7 +224,7 @@ def test_measured_peaks_are_within_15_percent(
     save_policy(GPT2LMHeadModel(shape), tokenizer, tmp_path / "model", temperature=1.0, stop_ids=[0], card="random")
     data = {
         "sft": write_jsonl(tmp_path / "s.jsonl", ({"prompt": "word1 word2", "response": text} for text in texts)),
-        "comparisons": write_jsonl(tmp_path / "c.jsonl", ({"prompt": "a", "chosen": t, "rejected": t[9:]} for t in texts)),
+        "comparisons": write_jsonl(tmp_path / "c.jsonl", ({"prompt": "a", "chosen": t, "rejected": t[9:]} for t in texts[:32])),
         "prompts": write_jsonl(tmp_path / "p.jsonl", ({"prompt": f"word{i} word{i + 1}"} for i in range(64))),
     }
     values = {

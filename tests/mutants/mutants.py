@@ -656,6 +656,8 @@ LOAD: list[Row] = [
 MACHINE: list[Row] = [
     ("busy cores are taken", "round(_idle_cores(own_cores()) / ranks)", "round(len(own_cores()) / ranks)"),
     ("every rank takes all cores", "round(_idle_cores(own_cores()) / ranks)", "round(_idle_cores(own_cores()))"),
+    ("a minute is spent on a slow precision", "if best and 2 * size**3 / best > 0.5:", "if False:"),
+    ("the rate is that of the smallest product", "max(best, 2 * size**3 / (end - start))", "best or 2 * size**3 / (end - start)"),
     ("emulated bfloat16", "including_emulation=False", "including_emulation=True"),
 ]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tercet.runtime import machine
 from tercet.runtime.distributed import World
 from tercet.runtime.lock import locked
 from tercet.runtime.machine import free_memory, out_of_memory_explained, resolve
@@ -30,6 +31,30 @@ def test_what_is_given_is_taken() -> None:
         77,
     )
     assert machine.settings() == {"device": "cpu", "dtype": "float64", "threads": 3, "microbatch_tokens": 77}
+
+
+@pytest.mark.parametrize(("gflops", "sizes"), [(100.0, {256, 1024, 2048}), (1.0, {256})])
+def test_the_matrix_rate_is_the_best_of_products_none_of_which_takes_long(
+    gflops: float, sizes: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a billion operations a second the largest would take a quarter of a minute. Smaller ones are slower here."""
+    made: set[int] = set()
+    now = 0.0
+
+    class Matrix:
+        def __init__(self, size: int, *shape: int, **options: Any):
+            self.size = size
+
+        def __matmul__(self, other: Any) -> None:
+            nonlocal now
+            made.add(self.size)
+            now += 2 * self.size**3 / (1e9 * gflops) * (256 + self.size) / self.size
+
+    monkeypatch.setattr(machine.torch, "ones", Matrix)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now)
+    rate = machine.measured_rate.__wrapped__(torch.float32, "cpu")
+    largest = max(sizes)
+    assert made == sizes and rate == pytest.approx(1e9 * gflops * largest / (256 + largest))
 
 
 def test_auto_settles_everything_and_settling_again_changes_nothing() -> None:
