@@ -12,8 +12,10 @@ from itertools import chain
 from statistics import median
 from typing import Any, Literal
 
+import torch
 from transformers import AutoConfig
 
+from tercet.algo.products import onednn_computes
 from tercet.config import Config
 from tercet.data.records import judge_split, split
 from tercet.data.template import Template
@@ -67,6 +69,15 @@ def outlook(
     if "comparisons" in sources:
         yield from _comparisons(config, sources)
     yield from leaks(config, sources)
+    if (
+        machine.device.type == "cpu"
+        and machine.dtype is torch.bfloat16
+        and not onednn_computes(torch.empty(0, dtype=machine.dtype))
+    ):
+        yield Check(
+            "warning",
+            "machine.dtype: this processor has no bfloat16 and only imitates it, many times slower than float32: set machine.dtype: auto",
+        )
     free = free_memory(machine.device)
     for need in memory(config, stages, lengths, machine, base):
         if free is not None and need.total > free:

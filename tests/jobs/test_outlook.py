@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_zoo import bpe_tokenizer, causal_lm
 
+from tercet.algo import products
 from tercet.config import load_config
 from tercet.data.records import Records, read_comparisons
 from tercet.data.template import Template
@@ -45,13 +46,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def warnings(base: str, sources: dict[str, Any], settings: dict[str, Any] | None = None, **tokenizer: Any) -> list[str]:
+def warnings(
+    base: str, sources: dict[str, Any], settings: dict[str, Any] | None = None, machine: Machine = CPU, **tokenizer: Any
+) -> list[str]:
     config = load_config({"model": {"name": base}, "data": {"max_prompt_length": 16}, **(settings or {})})
     made = bpe_tokenizer(**tokenizer)
     template = Template(made, config.model.template, 16)
     stages = ["sft", "reward", "ppo"]
     lengths = measure(sources, config, template)
-    return [check.text for check in outlook(config, stages, sources, lengths, template, CPU, base) if check.level == "warning"]
+    found = outlook(config, stages, sources, lengths, template, machine, base)
+    return [check.text for check in found if check.level == "warning"]
 
 
 def sound() -> dict[str, Any]:
@@ -60,6 +64,14 @@ def sound() -> dict[str, Any]:
 
 def test_sound_data_give_no_warning(base: str) -> None:
     assert warnings(base, sound()) == []
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_bfloat16_where_the_processor_only_imitates_it(has_bfloat16: bool, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: has_bfloat16)
+    told = warnings(base, sound(), machine=Machine(torch.device("cpu"), torch.bfloat16, 1, 64))
+    assert [text.partition(":")[0] for text in told] == ([] if has_bfloat16 else ["machine.dtype"])
+    assert warnings(base, sound(), machine=CPU) == []
 
 
 @pytest.mark.parametrize(
