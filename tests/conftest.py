@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, lest at the end one worker waits for the other."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_quickstart"))
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/test_quickstart", "tests/jobs/test_memory")))
 
 
 THINGS = ("rain", "snow", "bread", "music", "the moon", "a river", "the wind", "a song", "winter", "honey")
