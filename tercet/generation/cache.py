@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -55,7 +54,7 @@ class RoomyLayer(DynamicLayer):
         end = self._length + key_states.shape[2]
         room = room_for(end, self._capacity)
         if room > self._storage[0].shape[2]:
-            self._storage = [F.pad(storage, (0, 0, 0, room - storage.shape[2])) for storage in self._storage]
+            self._storage = [_widened(storage, room) for storage in self._storage]
         for storage, states in zip(self._storage, (key_states, value_states)):
             storage[:, :, self._length : end] = states
         self._length = end
@@ -85,6 +84,15 @@ class RoomyLayer(DynamicLayer):
         held = [storage[:, :, : self._length] for storage in self._storage]
         self.keys, self.values = held
         return held
+
+
+def _widened(storage: Tensor, room: int) -> Tensor:
+    """The storage (B, heads, tokens, d) with zeros behind up to `room` tokens; F.pad would fill all of it with zeros first."""
+    rows, heads, held, size = storage.shape
+    wider = storage.new_empty(rows, heads, room, size)
+    wider[:, :, :held] = storage
+    wider[:, :, held:].zero_()
+    return wider
 
 
 def cache_for(model: PreTrainedModel, capacity: int, mask: Tensor | None = None) -> DynamicCache:

@@ -63,12 +63,13 @@ class NativeGenerator:
         positions, width = position_ids(prompt_mask), inputs.shape[1]
         mask = self._mask_of_steps(prompt_mask)
         cache = cache_for(self._policy.model, width + steps, prompt_mask if self._packs_prompts else None)
-        rows = torch.arange(len(prompts), device=device)  # the active rows' places in the batch
-        responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
+        # The rows' places in the batch; what rows draw that have ended and not left yet goes to a place behind it.
+        rows, nowhere = torch.arange(len(prompts), device=device), len(prompts)
+        responses = torch.zeros(len(prompts) + 1, steps, dtype=torch.long, device=device)
         wide = torch.float64 if self._policy.compute_dtype is torch.float64 else torch.float32
-        logprobs = torch.zeros(len(prompts), steps, dtype=wide, device=device)
-        lengths = torch.zeros_like(rows)
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        logprobs = torch.zeros(len(prompts) + 1, steps, dtype=wide, device=device)
+        lengths = torch.zeros(len(prompts) + 1, dtype=torch.long, device=device)
+        finished = torch.zeros(len(prompts) + 1, dtype=torch.bool, device=device)
         head = None if self._policy.own_logits else self._policy.head
         # Inference mode, whose tensors keep no versions for autograd, takes a tenth off a tiny model's step.
         with torch.inference_mode(), packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype, head):
@@ -77,19 +78,22 @@ class NativeGenerator:
                     logits = self._first_logits(inputs, prompt_mask, positions, cache)
                 else:
                     logits = self._next_logits(inputs, _seen(mask, width + step), positions, cache)
-                uniform = None if uniforms is None else uniforms[rows.cpu(), step]
+                uniform = None if uniforms is None else uniforms[rows.cpu().clamp(max=nowhere - 1), step]
                 tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
                 responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
                 ended = self._ended(tokens, responses, rows, step)
                 finished[rows[ended]] = True
-                if ended.any():
-                    if ended.all():
+                rows = rows.masked_fill(ended, nowhere)
+                if bool(ended.any()):
+                    kept = _close_ranks(rows == nowhere)
+                    if not len(kept):
                         break
-                    kept = _close_ranks(ended)
-                    rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
-                    cache.batch_select_indices(kept)
+                    if len(kept) < len(rows):
+                        rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
+                        cache.batch_select_indices(kept)
                 inputs = tokens[:, None]
                 positions = positions[:, -1:] + 1
+        responses, logprobs, lengths, finished = (found[:nowhere] for found in (responses, logprobs, lengths, finished))
         if not bool(logprobs.isfinite().all()):
             raise TercetError(
                 "the policy gave numbers that are not finite while it was sampled; the last checkpoint is kept. Lower "
@@ -151,10 +155,13 @@ def _seen(mask: Tensor, length: int) -> Tensor:
 
 
 def _close_ranks(ended: Tensor) -> Tensor:
-    """The rows that go on, (n,) int64: as many as fit stay where they are, and the last ones take the places of those that ended."""
+    """The rows that stay, (n,) int64: all that go on, and of more than 8 as many others as make a multiple of 8, because for each new
+    number of rows oneDNN compiles its products again. As many as fit stay where they are, and the last ones take places that are free."""
     going = (~ended).nonzero().squeeze(1)
-    kept = torch.arange(len(going), device=ended.device)
-    kept[ended[: len(going)]] = going[going >= len(going)]
+    size = len(going) if len(going) <= 8 else min(len(ended), -(-len(going) // 8) * 8)
+    kept = torch.arange(size, device=ended.device)
+    late = going[going >= size]
+    kept[ended[:size].nonzero().squeeze(1)[: len(late)]] = late
     return kept
 
 

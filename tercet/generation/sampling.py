@@ -45,21 +45,25 @@ def inverse_cdf(logits: Tensor, uniform: Tensor | None, temperature: float) -> t
     else:
         chosen = [_block(part, number, wide) for part, number in zip(parts, pieces(uniform, logits, _ROWS))]
         tokens, logprobs = _token(*(torch.cat(found) for found in zip(*chosen)))
-    # Of numbers that are not finite the search may end behind the vocabulary; their log-probability tells.
+    # By rounding, or of numbers that are not finite (their log-probability tells), the search may end behind the vocabulary.
     return tokens.clamp(max=logits.shape[1] - 1).to(home), logprobs.to(home, wide)
 
 
 def _block(logits: Tensor, uniform: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which 256 tokens the draws fall among (n, 1), the masses of those (n, 256), how far into them (n, 1), and the mass of all (n, 1)."""
-    padded = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf)
-    mass = padded.softmax(-1, dtype=wide).unflatten(1, (-1, _BLOCK))
-    cumulative = mass.sum(-1).cumsum(-1, dtype=torch.float64)
+    vocabulary = logits.shape[1]
+    mass = logits.softmax(-1, dtype=wide)
+    whole = mass[:, : vocabulary // _BLOCK * _BLOCK].unflatten(1, (-1, _BLOCK)).sum(-1)
+    rest = mass[:, whole.shape[1] * _BLOCK :]  # a vocabulary's last block is a smaller one
+    sums = torch.cat([whole, rest.sum(-1, keepdim=True)], 1) if rest.shape[1] else whole
+    cumulative = sums.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     point = uniform.to(total.device)[:, None] * total
-    block = torch.searchsorted(cumulative, point, right=True).clamp_(max=mass.shape[1] - 1)
+    block = torch.searchsorted(cumulative, point, right=True).clamp_(max=sums.shape[1] - 1)
     before = F.pad(cumulative, (1, 0)).gather(1, block)
-    rows = torch.arange(len(mass), device=mass.device)
-    return block, mass[rows, block[:, 0]], point - before, total
+    # Behind the vocabulary its last token stands again, where no point falls but by rounding.
+    tokens = (block * _BLOCK + torch.arange(_BLOCK, device=mass.device)).clamp_(max=vocabulary - 1)
+    return block, mass.gather(1, tokens), point - before, total
 
 
 def _token(block: Tensor, mass: Tensor, point: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

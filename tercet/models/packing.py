@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from tercet.models.rows import as_rows
 
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
-# For each new shape oneDNN compiles code, and keeps it.
-_ROUND = 32  # tokens of a batch are a multiple of this
-_LENGTHS = 8  # lengths of groups, of this: of others oneDNN keeps half a megabyte each, of these a hundredth of that
+# For each new shape oneDNN compiles code, 1 to 5 ms, and keeps it, half a megabyte: hence few of them.
+_ROUND = 32  # tokens of a batch are a multiple of this, from 2,048 of them on of the power of two that is at most a 32nd
+_LENGTHS = 8  # lengths of groups, of this
+_ROWS = 4  # texts of groups of several times as many, of this
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Packing:
         """The packing of texts with these lengths, (B,) int64, each at least 1, padded to `width`."""
         lens, device = lengths.cpu(), lengths.device
         tokens = (torch.arange(width) < lens[:, None]).flatten().nonzero().squeeze(1)
-        spare = -len(tokens) % _ROUND
+        spare = -len(tokens) % max(_ROUND, 2 ** (len(tokens).bit_length() - 6))
         offsets, order = lens.cumsum(0) - lens, lens.argsort(descending=True, stable=True)
         groups: list[Group] = []
         places: list[Tensor] = []
@@ -64,6 +65,7 @@ class Packing:
         while len(order):
             longest = int(lens[order[0]])
             count = int((lens[order] >= _SIMILAR * longest).sum())
+            count += -count % _ROWS if count > 2 * _ROWS else 0  # where fewer are left, those
             rows, order = order[:count], order[count:]
             length = longest + -longest % _LENGTHS
             groups.append(Group(start, len(rows), length))

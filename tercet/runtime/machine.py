@@ -36,6 +36,7 @@ class Machine:
         torch.set_num_threads(self.threads)
         _settle_vector_functions()
         _keep_freed_memory()
+        _keep_few_kernels()
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Else every new tensor is filled with NaN first: a pass over memory, against bugs in torch alone.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -91,6 +92,16 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
+
+
+_KERNELS = "256"
+
+
+def _keep_few_kernels() -> None:
+    """Let oneDNN, and torch's own cache in front of it, keep what they compile for fewer shapes than the 1,024 of their default: in
+    bfloat16 it takes half a megabyte each, and responses whose lengths vary bring ever new ones. What the user has set stays."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KERNELS)
 
 
 @functools.cache

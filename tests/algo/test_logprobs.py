@@ -133,6 +133,23 @@ def test_chunks_change_nothing(chunk_elements: int, narrowest: int, with_bias: b
         assert torch.allclose(actual, wanted, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("count", "multiplied"), [(255, 255), (256, 256), (300, 320)])
+def test_many_tokens_are_multiplied_as_a_multiple_of_32(count: int, multiplied: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps half a megabyte for each product of a new number of rows."""
+    heights: list[int] = []
+    product = module._Head.product
+    monkeypatch.setattr(module._Head, "product", lambda self, x, *rest: heights.append(len(x)) or product(self, x, *rest))  # type: ignore[func-returns-value]
+    states, weight, bias = normal(count, 3).requires_grad_(), normal(11, 3, seed=1).requires_grad_(), normal(11).requires_grad_()
+    targets, coefficients = torch.arange(count) % 11, normal(count, seed=2)
+    found, entropy = token_logprobs(states, targets, weight, bias, with_entropy=True)
+    wanted, wanted_entropy = logits_logprobs(states @ weight.T + bias, targets, with_entropy=True)
+    assert entropy is not None and wanted_entropy is not None and heights == [multiplied]
+    torch.testing.assert_close((found, entropy), (wanted, wanted_entropy), rtol=1e-12, atol=1e-12)
+    inputs = [states, weight, bias]
+    for actual, expected in zip(*(torch.autograd.grad((x * coefficients).sum(), inputs) for x in (found, wanted))):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("elements", [7, 10_000])
 def test_large_and_impossible_logits(elements: int) -> None:
     """The highest logit in the first or in the last chunk, a token that cannot come, and one that alone can."""

@@ -120,15 +120,15 @@ def test_the_gradient_of_a_weight(shape: tuple[int, int, int], dtype: torch.dtyp
     [
         ("AuthenticAMD", "AVX512", True, [False, True, True]),
         ("AuthenticAMD", "AVX2", False, [False, False, True]),
-        ("GenuineIntel", "AVX512", False, [False, False, False]),
+        ("GenuineIntel", "AVX512", False, [False, False, True]),
+        ("none with MKL", "AVX512", False, [False, False, False]),
     ],
 )
-def test_on_amds_processors_mkl_may_hold_back_and_packing_pays(
+def test_where_mkl_holds_back_and_where_packing_pays(
     vendor: str, capability: str, holds_back: bool, packs: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_mkl_holds_back", "_is_amds"):
-        monkeypatch.setattr(products, name, getattr(products, name).__wrapped__)  # as at the first call
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(products, "_mkl_holds_back", products._mkl_holds_back.__wrapped__)  # as at the first call
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: "MKL" not in vendor)
     monkeypatch.setattr(products, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert products._mkl_holds_back() is holds_back

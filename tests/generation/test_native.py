@@ -159,9 +159,11 @@ def test_truncation_of_the_reference_vectors(kind: str) -> None:
             assert responses_of(sequences) == [script[: wanted[f"{kind}n_real"][row]]]
 
 
-def test_rows_end_at_the_first_stop_id_and_leave_the_batch() -> None:
-    policy, prompts, stops = Policy(causal_lm("llama_tied")), some_prompts(), set(range(25))
-    endless = responses_of(generator_of(policy).sample(prompts, numbers()))
+@pytest.mark.parametrize("copies", [1, 7], ids=["one by one", "of many rows eight at a time"])
+def test_rows_end_at_the_first_stop_id_and_leave_the_batch(copies: int) -> None:
+    policy, prompts, stops = Policy(causal_lm("llama_tied")), some_prompts() * copies, set(range(25))
+    drawn = numbers(len(prompts))
+    endless = responses_of(generator_of(policy).sample(prompts, drawn))
     wanted, finished = [], []
     for response in endless:
         end = next((i + 1 for i, token in enumerate(response) if token in stops), len(response))
@@ -172,11 +174,13 @@ def test_rows_end_at_the_first_stop_id_and_leave_the_batch() -> None:
     policy.model.base_model.register_forward_pre_hook(
         lambda module, arguments, named: sizes.append(named["input_ids"].shape[0]), with_kwargs=True
     )
-    sequences = generator_of(policy, stop_ids=sorted(stops)).sample(prompts, numbers())
+    sequences = generator_of(policy, stop_ids=sorted(stops)).sample(prompts, drawn)
     assert responses_of(sequences) == wanted and sequences.finished.tolist() == finished
-    assert sequences.prompt_lens.tolist() == list(LENGTHS)
+    assert sequences.prompt_lens.tolist() == list(LENGTHS) * copies
     active = [sum(len(response) > step for response in wanted) for step in range(max(map(len, wanted)))]
-    assert sizes == [1, *active[1:]], "the prompts lie end to end, then each row has one token"
+    held = [count if count <= 8 else min(len(prompts), -(-count // 8) * 8) for count in active]
+    assert (held == active) is (copies == 1)
+    assert sizes == [1, *held[1:]], "the prompts lie end to end, then each row has one token"
     for row, (prompt, response) in enumerate(zip(prompts, wanted)):
         assert sequences.input_ids[row].tolist() == prompt + response + [0] * (
             sequences.input_ids.shape[1] - len(prompt) - len(response)

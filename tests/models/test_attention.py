@@ -67,6 +67,15 @@ def test_groups_hold_every_token_once_and_few_pads():
         assert packing.clear_pads(there, 2).count_nonzero() == 4 * sum(LENGTHS) - 1, "the first mark is 0"
 
 
+def test_batches_of_other_lengths_have_the_same_shapes():
+    """oneDNN keeps half a megabyte for each product of a new shape."""
+    groups = Packing.of(torch.tensor([40] * 10 + [20] * 15), 40).groups
+    assert [(group.rows, group.length) for group in groups] == [(12, 40), (13, 24)], (
+        "two shorter texts fill the first; all are left"
+    )
+    assert [len(Packing.of(torch.tensor([100] * rows), 100).positions) for rows in (20, 21, 41)] == [2016, 2112, 4224]
+
+
 @pytest.mark.parametrize("short", [256, 0], ids=["by hand", "fused"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["all", "grouped", "one key"])
 def test_attention_of_packed_texts_is_the_definition(short: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch):

@@ -149,7 +149,6 @@ def test_packed_weights_give_the_same_products_and_go_again():
 @pytest.mark.parametrize("pays", [True, False])
 def test_float32_weights_are_packed_where_that_is_faster(pays: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(products, "_mkl_holds_back", lambda: pays)
-    monkeypatch.setattr(products, "_is_amds", lambda: pays)
     model = nn.Sequential(Conv1D(2100, 50), nn.Linear(2100, 60), Conv1D(8, 60))  # the last is small
     x = torch.randn(10, 50)
     wanted = model(x)

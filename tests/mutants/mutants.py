@@ -62,6 +62,9 @@ MASKS: list[Row] = [
 ]
 
 LOGPROBS: list[Row] = [
+    ("spare tokens have log-probabilities", "return logprobs[:count]", "return logprobs"),
+    ("products of any number of tokens", "if count >= 8 * _ROUND else 0", "if False else 0"),
+    ("few tokens become many", "if count >= 8 * _ROUND else 0", ""),
     ("the state of the token itself predicts it", "prompt_lens[:, None] - 1 + steps", "prompt_lens[:, None] + steps"),
     ("the state two before predicts", "prompt_lens[:, None] - 1 + steps", "(prompt_lens[:, None] - 2 + steps).clamp(min=0)"),
     ("the temperature is left out", "logits = logits / temperature", "logits = logits / 1.0"),
@@ -483,6 +486,8 @@ ATTENTION: list[Row] = [
 ]
 
 PACKING: list[Row] = [
+    ("batches of any length", "% max(_ROUND, 2 ** (len(tokens).bit_length() - 6))", "% _ROUND"),
+    ("groups of any number of texts", "-count % _ROWS if count > 2 * _ROWS else 0", "0"),
     ("positions go on over texts", "F.pad(tokens % width, (0, spare))", "F.pad(torch.arange(len(tokens)), (0, spare))"),
     (
         "tokens lie as heads would",
@@ -545,12 +550,12 @@ SAMPLING: list[Row] = [
     ("the mass before the block is forgotten", "point - before, total", "point, total"),
     (
         "the blocks are summed in float32",
-        "mass.sum(-1).cumsum(-1, dtype=torch.float64)",
-        "mass.sum(-1).cumsum(-1, dtype=torch.float32).double()",
+        "sums.cumsum(-1, dtype=torch.float64)",
+        "sums.cumsum(-1, dtype=torch.float32).double()",
     ),
     ("rounding leaves the vocabulary", "inner = torch.minimum(inner, last)", "inner = inner.clamp(max=_BLOCK - 1)"),
     ("log-probabilities without normalisation", "gather(1, inner) / total).log()", "gather(1, inner)).log()"),
-    ("what fills the last block has mass", "% _BLOCK), value=-torch.inf)", "% _BLOCK), value=0.0)"),
+    ("the last block has no mass", "rest.sum(-1, keepdim=True)", "0.0 * rest.sum(-1, keepdim=True)"),
     ("numbers depend on the place in the batch", "np.array([0, 0, int(row), iteration]", "np.array([0, 0, place, iteration]"),
     ("numbers are the same every iteration", "np.array([0, 0, int(row), iteration]", "np.array([0, 0, int(row), 0]"),
     ("numbers are the same for every purpose", "np.array([seed, PURPOSES.index(purpose)]", "np.array([seed, 0]"),
@@ -568,8 +573,9 @@ PRODUCTS: list[Row] = [
     ("everything in halves", "if lopsided and x.dtype is torch.bfloat16:", "if True:"),
     ("the last columns are not copied", "zip(torch.split(copied, 64, dim=1),", "zip(torch.split(copied, 64, dim=1)[:-1],"),
     ("MKL is thought to hold back on Intel's processors", '_vendor() == "AuthenticAMD"', "True"),
-    ("packing is thought to pay for small weights", "work >= _MUCH and _is_amds()", "_is_amds()"),
-    ("packing is thought to pay where MKL holds back alone", "or (work >= _MUCH and _is_amds())", "or False"),
+    ("packing is thought to pay for small weights", "and (work >= _MUCH or", "and (True or"),
+    ("packing is thought to pay where MKL holds back alone", "and (work >= _MUCH or", "and (False or"),
+    ("packing is thought to pay without MKL", "and _has_mkl() and (work", "and (work"),
     ("the wider of two is copied, and comes out transposed", "left.t(), None).t())", "left.t(), None))"),
     ("halves without the bias", "_by_onednn(part, weight, bias)", "_by_onednn(part, weight, None)"),
     ("oneDNN's reference code", "weight.is_contiguous() or weight.t().is_contiguous()", "True"),
@@ -654,6 +660,8 @@ LOAD: list[Row] = [
 ]
 
 MACHINE: list[Row] = [
+    ("kernels of all shapes are kept", "        _keep_few_kernels()\n", ""),
+    ("the user's own limit is overruled", "os.environ.setdefault(name, _KERNELS)", "os.environ.update({name: _KERNELS})"),
     ("busy cores are taken", "round(_idle_cores(own_cores()) / ranks)", "round(len(own_cores()) / ranks)"),
     ("every rank takes all cores", "round(_idle_cores(own_cores()) / ranks)", "round(_idle_cores(own_cores()))"),
     ("a minute is spent on a slow precision", "if best and 2 * size**3 / best > 0.5:", "if False:"),
@@ -809,13 +817,16 @@ MUTANTS: list[Mutant] = [
         [
             ("the end token is cut off", "token_logprobs.to(wide), step + 1", "token_logprobs.to(wide), step"),
             ("every response counts as finished", "finished[rows[ended]] = True", "finished[:] = True"),
-            ("rows that ended go on", "kept = _close_ranks(ended)", "kept = _close_ranks(torch.zeros_like(ended))"),
+            ("rows that ended go on", "_close_ranks(rows == nowhere)", "_close_ranks(torch.zeros_like(ended))"),
+            ("rows that ended still write", "rows = rows.masked_fill(ended, nowhere)", "rows = rows.clone()"),
+            ("rows that have not ended leave", "kept[ended[:size].nonzero().squeeze(1)[: len(late)]] = late", "pass"),
+            ("rows leave one by one", "if len(going) <= 8", "if True"),
         ],
     ),
     *_of(
         "generation/native.py",
         f"{NATIVE}samples_depend_on_neither_batch_nor_order_nor_split",
-        [("the numbers of other rows", "uniforms[rows.cpu(), step]", "uniforms[: len(rows), step]")],
+        [("the numbers of other rows", "uniforms[rows.cpu().clamp(max=nowhere - 1), step]", "uniforms[: len(rows), step]")],
     ),
     *_of(
         "generation/native.py",
@@ -837,7 +848,8 @@ MUTANTS: list[Mutant] = [
         f"{NATIVE}the_roomy_cache_is_the_cache_of_transformers {NATIVE}the_room_grows_by_steps_and_keeps_what_is_there",
         [
             ("the new token overwrites the last", "self._length : end] = states", "self._length - 1 : end - 1] = states"),
-            ("what there was is lost with the room", "[F.pad(storage,", "[F.pad(torch.zeros_like(storage),"),
+            ("what there was is lost with the room", "wider[:, :, :held] = storage", "wider[:, :, :held] = 0"),
+            ("what lies behind is left as it was", "wider[:, :, held:].zero_()", "pass"),
             ("rows do not move", "index_copy_(0, moved, storage[indices[moved]])", "index_copy_(0, moved, storage[moved])"),
         ],
     ),

@@ -88,6 +88,13 @@ def test_threads_are_as_many_as_cores_have_nothing_to_do(
     assert resolve("cpu", "float32", "auto", 512, parameters).threads == wanted
 
 
+def test_onednn_keeps_as_many_kernels_as_the_user_says_else_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    resolve("cpu", "float32", 1, 64, 1000).apply()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7" and 0 < int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", "nonsense"])
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(TercetError, match=r"machine\.device.*cannot be used here.*try auto"):
