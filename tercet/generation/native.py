@@ -23,8 +23,8 @@ class NativeGenerator:
     """Samples from softmax(logits / temperature): no top-k, no top-p, no repetition penalty, whatever the checkpoint suggests.
 
     A response ends with the first of `stop_ids`, or with the token that completes one of `stop_texts`, at index >=
-    `truncate_after`; the ending token is kept. Rows that have ended leave the batch. Pads stand on the left in here, and nowhere
-    else in Tercet: then a model with a sliding window sees the right distances.
+    `truncate_after`; the ending token is kept. Rows that have ended leave the batch, of many by eights. Pads stand on the
+    left in here, and nowhere else in Tercet: then a model with a sliding window sees the right distances.
     """
 
     def __init__(
