@@ -85,9 +85,8 @@ def _check(temperature: float) -> None:
         raise ValueError(f"temperature must be > 0, got {temperature}")
 
 
-_ROUND = (
-    32  # many tokens are a multiple of this: for each new number oneDNN compiles three products (10 ms) and keeps them (1.6 MiB)
-)
+# From eight times as many on tokens are a multiple of this: for each new number oneDNN compiles three products (10 ms) and keeps 1.6 MiB.
+_ROUND = 32
 _NARROWEST = 4096  # tokens of the vocabulary in a chunk: narrower products are slower
 
 
