@@ -11,7 +11,6 @@ import torch
 from protocol import Stations
 
 from tercet.config.ppo import PPOConfig
-from tercet.data.batches import microbatches
 from tercet.generation.native import NativeGenerator
 from tercet.models.load import count_parameters, load_causal_lm, load_classifier, load_tokenizer
 from tercet.models.roles import Policy, ScoreModel
@@ -37,7 +36,7 @@ def main(folder: Path, settings: dict[str, object]) -> None:
     config = PPOConfig(**{"iterations": 10**4, "save_rollouts_every": 0, "evaluate_every": 1, **settings["ours"]})  # type: ignore[dict-item]
     stop_ids, count, temperature = [int(tokenizer.eos_token_id)], config.max_new_tokens, config.temperature
     generator = NativeGenerator(policy, stop_ids=stop_ids, max_new_tokens=count, temperature=temperature)
-    actors = Actors(policy, reference, value_model, generator, RewardModelScorer(reward, microbatches, machine.microbatch_tokens))
+    actors = Actors(policy, reference, value_model, generator, RewardModelScorer(reward, machine.microbatch_tokens))
     run = StageRun("ppo", Path(tempfile.mkdtemp()), World(), machine, 10**9, 1, counter="iteration")
     stations = Stations(folder / "ours", float(settings["every"]), float(settings["seconds"]))  # type: ignore[arg-type, call-overload]
 

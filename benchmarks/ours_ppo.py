@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from workloads import EOS, LEARNING_RATE, workload_of
 
 from tercet.config.ppo import PPOConfig
-from tercet.data.batches import microbatches
 from tercet.generation.native import NativeGenerator
 from tercet.models.adapters import Backbone, Rank
 from tercet.models.load import count_parameters
@@ -57,7 +56,7 @@ def main(folder: Path, name: str, dtype: str) -> None:
     reference.freeze()
     reward.freeze()
     generator = NativeGenerator(policy, stop_ids=[EOS], max_new_tokens=workload.new_tokens)
-    scorer = RewardModelScorer(reward, microbatches, machine.microbatch_tokens)
+    scorer = RewardModelScorer(reward, machine.microbatch_tokens)
     actors = Actors(policy, reference, value_model, generator, scorer)
     rows = json.loads((folder / "prompts.json").read_text())
     prompts = PromptSet(rows, [" ".join(map(str, row)) for row in rows], [{} for _ in rows], lambda ids: " ".join(map(str, ids)))

@@ -79,7 +79,7 @@ def measure(name: str, batch: int, folder: Path, pairs: int) -> None:
     trunk = sum(p.numel() for p in policy.model.base_model.parameters())
     flops = 2 * trunk * (sum(map(len, prompts)) + batch * (TOKENS - 1))
     size = sum(p.numel() * p.element_size() for p in policy.parameters())
-    floor = TOKENS * size / read_rate() + flops / measured_rate(machine.dtype, machine.device.type)
+    floor = TOKENS * size / read_rate() + flops / measured_rate(machine.dtype, str(machine.device))
     print(f"\n{name}, batch {batch}, {machine.threads} threads (EOS {EOS} never ends a row)")
     ours = next(iter(times))
     for side, found in times.items():

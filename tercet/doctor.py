@@ -125,7 +125,7 @@ def _small(shop: Workshop, records: Mapping[str, Any], lengths: Mapping[str, Len
     """The same run on a few records and for two steps a stage; nothing moves, because the learning rates are next to nothing."""
     config, folder = shop.config, shop.folder
     tokens = max([found.mean for found in lengths.values()] + [1.0])
-    rate = measured_rate(shop.machine.dtype, shop.machine.device.type)
+    rate = measured_rate(shop.machine.dtype, str(shop.machine.device))
     affordable = DRY_RUN_S * rate / (6 * _parameters(shop) * tokens)
     count = int(min(MOST_RECORDS, max(1.0, affordable)))
     values = config.model_dump()

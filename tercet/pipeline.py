@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,8 @@ class Pipeline:
                 raise TercetError(mistakes[0])
         with disk_errors_explained(self.folder), locked(self.folder) as is_main:
             to_do = self._to_do(chosen, redo, prints)  # anew: another process may have ended since
-            if redo and is_main:
-                self._clear(redo)
+            if redo:
+                self._clear(redo, is_main)
             if to_do:
                 try:
                     self._execute(to_do, redo, records)
@@ -165,7 +165,7 @@ class Pipeline:
                 if shop.world.is_main:
                     write_json(folder / "started.json", prints[stage])
                 began = time.monotonic()
-                seed_everything(self.config.seed)
+                seed_everything(self.config.seed + 100_003 * shop.world.rank)  # dropout differs from rank to rank
                 with out_of_memory_explained(stage, shop.machine.microbatch_tokens, self.config.ppo.rollout_batch_size):
                     figures = jobs[stage](shop)
                 if shop.world.is_main:
@@ -197,6 +197,7 @@ class Pipeline:
         adapter = self.config.model.adapter is not None
         wanted = (settings.device, settings.dtype, settings.threads, settings.microbatch_tokens)
         machine = resolve(*wanted, parameters, adapter=adapter)
+        machine = replace(machine, threads=world.gather(machine.threads)[0])  # replicas must add up in the same order
         self.config = self.config.model_copy(update={"machine": settings.model_copy(update=machine.settings())})
         machine.apply()
         if world.is_main:
@@ -251,9 +252,14 @@ class Pipeline:
         """The pretrained model: this run's own where it is from scratch."""
         return str(self.folder / "pretrain/model") if self.config.model.scratch else str(self.config.model.name)
 
-    def _clear(self, stages: Sequence[str]) -> None:
+    def _clear(self, stages: Sequence[str], is_main: bool) -> None:
+        """Remove the stages' folders, once all ranks have looked at what is in them."""
+        from tercet.runtime.distributed import World
         from tercet.runtime.files import remove_folder
 
+        World.start(self.config.machine.device).barrier()
+        if not is_main:
+            return
         for stage in reversed(stages):  # if this is cut short, no stage is left that builds on one that is gone
             self._done_path(stage).unlink(missing_ok=True)
             remove_folder(self.folder / FOLDERS[stage])

@@ -164,8 +164,8 @@ class Experience:
     """What one rollout hands to the update. Shapes (B, T) are aligned with `sequences.response_mask`; 0 outside it.
 
     logprobs: log pi_old(y_t) at the sampling temperature, recorded by the training forward. ref_logprobs: the frozen reference's.
-    values: V(x, y_<t), before token t; None where there is no value model. scores (B,): the final combined score. rewards: the
-    KL penalty per token, the score on the last token. advantages: whitened. returns: advantages before whitening, plus values.
+    values: V(x, y_<t), before token t. scores (B,): the final combined score. rewards: the KL penalty per token, the score on the
+    last token. advantages: whitened. returns: advantages before whitening, plus values.
     """
 
     sequences: Sequences

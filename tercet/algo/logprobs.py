@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.algo.masks import at_least_float32
-from tercet.algo.products import head_centre, head_rows, linear_product, pieces, product_dtype, transposed_product
+from tercet.algo.products import head_centre, head_rows, linear_product, pieces, product_dtype, spare_rows, transposed_product
 
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
@@ -72,7 +72,7 @@ def token_logprobs(
     _check(temperature)
     entropies: list[Tensor] | None = [] if with_entropy else None
     count = len(states)
-    spare = -count % _ROUND if count >= 8 * _ROUND else 0
+    spare = spare_rows(count)
     states, targets = F.pad(states, (0, 0, 0, spare)), F.pad(targets, (0, spare))
     logprobs: Tensor = _InChunks.apply(  # type: ignore[no-untyped-call]
         states, targets, weight, bias, temperature, chunk_elements, entropies
@@ -85,8 +85,6 @@ def _check(temperature: float) -> None:
         raise ValueError(f"temperature must be > 0, got {temperature}")
 
 
-# From eight times as many on tokens are a multiple of this: for each new number oneDNN compiles three products (10 ms) and keeps 1.6 MiB.
-_ROUND = 32
 _NARROWEST = 4096  # tokens of the vocabulary in a chunk: narrower products are slower
 
 

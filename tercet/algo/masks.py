@@ -75,8 +75,8 @@ def masked_var(x: Tensor, mask: Tensor, all_sum: AllSum = identity) -> Tensor:
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, all_sum: AllSum = identity) -> Tensor:
     """x scaled to unit variance over the True entries of mask and all ranks; 0 elsewhere.
 
-    x, mask (B, T). shift_mean=True also removes the mean (advantages), False keeps it (rewards). Population variance, eps
-    inside the root. Source: lm-human-preferences core.py:336-341.
+    x, mask (B, T). shift_mean=True also removes the mean (advantages), False keeps it (rewards, which PPO here leaves as they are).
+    Population variance, eps inside the root. Source: lm-human-preferences core.py:336-341.
     """
     x = at_least_float32(x)
     mean = masked_mean(x, mask, all_sum)

@@ -231,57 +231,42 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _absolute_paths(values: dict[str, Any], base: FilePath) -> dict[str, Any]:
     """Make the values that name files absolute. What may be a hub's name stays as it is, unless there is such a path."""
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-
-    def absolute(section: Any, keys: Sequence[str], must_exist: bool) -> None:
-        if not isinstance(section, dict):
-            return
-        for key in keys:
-            value = section.get(key)
-            if isinstance(value, str) and value and not os.path.isabs(value):
-                path = base / os.path.expanduser(value)
-                if not must_exist or value.startswith((".", "~")) or value.endswith(_DATA_SUFFIXES) or path.exists():
-                    section[key] = str(path.resolve())
-
-    absolute(result, ["output"], must_exist=False)
-    absolute(result.get("model"), ["name"], must_exist=True)
-    absolute(
-        result.get("data"), [name for name in DataConfig.model_fields if name not in ("held_out", "max_prompt_length")], True
-    )
-    absolute(result.get("reward"), ["use"], must_exist=True)
-    absolute(result.get("ppo"), ["policy", "value_model"], must_exist=True)
-    _absolute_functions(result, base)
-    return result
+    absolute: dict[str, Any] = _located(values, _PLACES, base)
+    return absolute
 
 
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+def _located(value: Any, place: Any, base: FilePath) -> Any:
+    """`value` with what stands at the places of files made absolute."""
+    if isinstance(value, dict) and isinstance(place, dict):
+        return {key: _located(inner, place.get(key, place.get("*")), base) for key, inner in value.items()}
+    if isinstance(value, list) and isinstance(place, list):
+        return [_located(inner, place[0], base) for inner in value]
+    return place(value, base) if callable(place) and isinstance(value, str) and value else value
 
 
-def _absolute_functions(values: dict[str, Any], base: FilePath) -> None:
-    def absolute(text: Any) -> Any:
-        file, _, name = text.rpartition(":") if isinstance(text, str) else ("", "", "")
-        return f"{(base / file).resolve()}:{name}" if file.endswith(".py") and not os.path.isabs(file) else text
+def _file(value: str, base: FilePath) -> str:
+    return str((base / os.path.expanduser(value)).resolve()) if not os.path.isabs(value) else value
 
-    def folder(name: Any) -> Any:
-        there = isinstance(name, str) and not os.path.isabs(name) and (base / name).exists()
-        return str((base / name).resolve()) if there else name
 
-    def term(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        value = {**value, "model": folder(value["model"])} if "model" in value else value
-        return {**value, "function": absolute(value["function"])} if "function" in value else value
+def _file_or_name(value: str, base: FilePath) -> str:
+    meant = value.startswith((".", "~")) or value.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz"))
+    return _file(value, base) if meant or (base / value).exists() else value
 
-    ppo, evaluation = values.get("ppo"), values.get("evaluation")
-    if isinstance(ppo, dict) and isinstance(ppo.get("rewards"), list):
-        ppo["rewards"] = [term(value) for value in ppo["rewards"]]
-    if isinstance(evaluation, dict):
-        if "gold" in evaluation:
-            evaluation["gold"] = absolute(evaluation["gold"])
-        if isinstance(evaluation.get("judges"), dict):
-            evaluation["judges"] = {key: term(value) for key, value in evaluation["judges"].items()}
-        if isinstance(evaluation.get("policies"), dict):
-            evaluation["policies"] = {key: folder(value) for key, value in evaluation["policies"].items()}
+
+def _function(value: str, base: FilePath) -> str:
+    file, _, name = value.rpartition(":")
+    return f"{_file(file, base)}:{name}" if file.endswith(".py") else value
+
+
+_TERM = {"model": _file_or_name, "function": _function}
+_PLACES = {
+    "output": _file,
+    "model": {"name": _file_or_name},
+    "data": dict.fromkeys(DataConfig.model_fields, _file_or_name),
+    "reward": {"use": _file_or_name},
+    "ppo": {"policy": _file_or_name, "value_model": _file_or_name, "rewards": [_TERM]},
+    "evaluation": {"gold": _function, "judges": {"*": _TERM}, "policies": {"*": _file_or_name}},
+}
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

@@ -71,7 +71,7 @@ class PPOConfig(Section):
         "auto",
         "of the policy (AdamW, betas 0.9, 0.999, eps 1e-5); auto: 1e-5 * sqrt(minibatch_size / 512 / billions of its parameters)",
     )
-    value_learning_rate: Literal["auto"] | Positive = setting("auto", "of the value model; auto: three times the policy's")
+    value_learning_rate: Literal["auto"] | Positive = setting("auto", "of the value model; auto: the policy's")
     schedule: Schedule = setting("linear", "of both learning rates, over iterations")
     warmup_iterations: int = setting(0, "iterations of linear warm-up of the learning rates", ge=0)
     value_warmup_iterations: int = setting(0, "first iterations in which only the value model learns", ge=0)

@@ -1,30 +1,22 @@
-"""Which rows go together: token rows in memory-mapped arrays, an order that a step number alone restores, token-budget cuts."""
+"""Which rows go together: token rows in flat arrays, an order that a step number alone restores, token-budget cuts."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tercet.types import Sequences, TercetError, TokenRow
-
-# File -> dtype; .npy files, read without pickle.
-ARRAYS = {"ids": np.int32, "offsets": np.int64, "prompt_lens": np.int32, "finished": np.bool_}
+from tercet.types import Sequences, TokenRow
 
 
 class TokenStore:
     """N tokenised texts in flat arrays: ids (total tokens,) int32, offsets (N + 1,) int64, prompt_lens (N,) int32 and
-    finished (N,) bool.
-
-    A loaded store is memory-mapped: the texts stay on disk until a batch asks for them.
-    """
+    finished (N,) bool."""
 
     def __init__(
         self, ids: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lens: NDArray[np.int32], finished: NDArray[np.bool_]
@@ -48,34 +40,6 @@ class TokenStore:
         return TokenStore(
             np.array(ids, np.int32), np.array(offsets, np.int64), np.array(prompt_lens, np.int32), np.array(finished, np.bool_)
         )
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write one .npy file an array into `folder` (created if need be)."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in ARRAYS:
-            np.save(Path(folder) / f"{name}.npy", getattr(self, name), allow_pickle=False)
-
-    @staticmethod
-    def load(folder: str | os.PathLike[str]) -> TokenStore:
-        """Open what `save` wrote, memory-mapped and read-only.
-
-        Raises TercetError if a file is missing, damaged or does not fit the others.
-        """
-        arrays = {}
-        for name, dtype in ARRAYS.items():
-            path = Path(folder) / f"{name}.npy"
-            try:
-                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise TercetError(f"{path}: not a readable token array ({error}); delete {folder} to build it again") from None
-            if arrays[name].dtype != dtype or arrays[name].ndim != 1:
-                raise TercetError(
-                    f"{path}: {arrays[name].dtype} {arrays[name].shape}, not one row of {np.dtype(dtype)}; delete {folder}"
-                )
-        store = TokenStore(**arrays)
-        if not len(store.offsets) == len(store.prompt_lens) + 1 == len(store.finished) + 1 or store.offsets[-1] != len(store.ids):
-            raise TercetError(f"{folder}: the token arrays do not belong together; delete the folder to build it again")
-        return store
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -330,6 +330,14 @@ def split(records: Sequence[AnyRecord], fraction: float = 0.1, minimum: int = 20
     return _by_hash(records, fraction, minimum, "")
 
 
+def sides(
+    read: Callable[[str], Records[AnyRecord]], source: str, held_out: str | None, fraction: float
+) -> tuple[list[AnyRecord], list[AnyRecord]]:
+    """(train, held out): of two files, or of one that `split` divides."""
+    records = read(source)
+    return (list(records), list(read(held_out))) if held_out else split(records, fraction)
+
+
 def judge_split(
     comparisons: Sequence[Comparison], fraction: float = 0.2, minimum: int = 500
 ) -> tuple[list[Comparison], list[Comparison]]:

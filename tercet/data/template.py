@@ -1,8 +1,8 @@
 """Record to token ids: THE place that decides where the prompt ends and the response begins.
 
 Prompt and response are tokenised apart and their ids concatenated. Measuring a prompt inside the tokenised whole shifts the
-boundary wherever a merge crosses it (correctness.md section 3, row 23), and in PPO the response comes as ids that follow the
-prompt's own ids: the three stages must see the same tokens.
+boundary wherever a merge crosses it (docs/conformance.md, traps of other trainers, row 23), and in PPO the response comes as
+ids that follow the prompt's own ids: the three stages must see the same tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ def seam(prompt: str, response: str, separator: str = " ") -> str:
     if not prompt or not response or prompt[-1].isspace() or response[0].isspace():
         return ""
     return separator
+
+
+def require_response(row: TokenRow, stage: str, max_length: int, origin: str) -> None:
+    """TercetError if the prompt has left no token of the response."""
+    if len(row.ids) <= row.prompt_len:
+        raise TercetError(
+            f"{origin}: no token of the response is left: the prompt alone has {row.prompt_len} tokens and {stage}.max_length is "
+            f"{max_length}; raise it, lower data.max_prompt_length, or remove the record"
+        )
 
 
 def response_text(ids: Iterable[int], tokenizer: Any) -> str:

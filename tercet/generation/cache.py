@@ -95,6 +95,16 @@ def _widened(storage: Tensor, room: int) -> Tensor:
     return wider
 
 
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep the rows (n,) of the cache, in that order; as RoomyLayer.batch_select_indices wants them."""
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.batch_select_indices(rows)
+        else:
+            # Of linear attention too, for whose states transformers has no batch_select_indices.
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
+
+
 def cache_for(model: PreTrainedModel, capacity: int, mask: Tensor | None = None) -> DynamicCache:
     """An empty cache for at most `capacity` tokens; layers that forget (sliding windows) are transformers' own. `mask` as in
     RoomyLayer, where no layer forgets."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from tercet.algo.masks import position_ids
-from tercet.generation.cache import cache_for, room_for
+from tercet.generation.cache import cache_for, keep_rows, room_for
 from tercet.generation.sampling import inverse_cdf
 from tercet.models.kernels import packed_weights
 from tercet.models.packing import Packing
@@ -63,6 +63,7 @@ class NativeGenerator:
         positions, width = position_ids(prompt_mask), inputs.shape[1]
         mask = self._mask_of_steps(prompt_mask)
         cache = cache_for(self._policy.model, width + steps, prompt_mask if self._packs_prompts else None)
+        uniforms = None if uniforms is None else uniforms.to("cpu" if device.type == "mps" else device)  # MPS has no float64
         # The rows' places in the batch; what rows draw that have ended and not left yet goes to a place behind it.
         rows, nowhere = torch.arange(len(prompts), device=device), len(prompts)
         responses = torch.zeros(len(prompts) + 1, steps, dtype=torch.long, device=device)
@@ -78,7 +79,7 @@ class NativeGenerator:
                     logits = self._first_logits(inputs, prompt_mask, positions, cache)
                 else:
                     logits = self._next_logits(inputs, _seen(mask, width + step), positions, cache)
-                uniform = None if uniforms is None else uniforms[rows.cpu().clamp(max=nowhere - 1), step]
+                uniform = None if uniforms is None else uniforms[rows.to(uniforms.device).clamp(max=nowhere - 1), step]
                 tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
                 responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
                 ended = self._ended(tokens, responses, rows, step)
@@ -90,7 +91,7 @@ class NativeGenerator:
                         break
                     if len(kept) < len(rows):
                         rows, tokens, mask, positions = rows[kept], tokens[kept], mask[kept], positions[kept]
-                        cache.batch_select_indices(kept)
+                        keep_rows(cache, kept)
                 inputs = tokens[:, None]
                 positions = positions[:, -1:] + 1
         responses, logprobs, lengths, finished = (found[:nowhere] for found in (responses, logprobs, lengths, finished))

@@ -22,14 +22,14 @@ from tercet.algo.calibration import (
     wilson,
 )
 from tercet.algo.statistics import cluster_interval
-from tercet.data.batches import microbatches
-from tercet.data.records import read_demonstrations, split
+from tercet.data.records import read_demonstrations, sides
 from tercet.generation.sampling import uniforms
 from tercet.jobs.comparisons import ComparisonSets, comparison_sets
 from tercet.jobs.workshop import Workshop
 from tercet.models.roles import ScoreModel
 from tercet.runtime.files import write_json
 from tercet.scoring.bag_of_words import BagOfWords
+from tercet.scoring.model import scores_of
 from tercet.stages.reward import accuracy_interval, score_pairs, tokenise
 from tercet.types import Comparison, Sequences
 
@@ -175,22 +175,17 @@ def _demonstrations(shop: Workshop) -> Sequences | None:
     data, limit = shop.config.data, shop.config.reward.max_length
     if data.sft is None:
         return None
-    train, held_out = (
-        ([], read_demonstrations(data.eval_sft)) if data.eval_sft else split(read_demonstrations(data.sft), data.held_out)
-    )
+    train, held_out = sides(read_demonstrations, data.sft, data.eval_sft, data.held_out)
     records = (held_out or train)[:MOST_DEMONSTRATIONS]
     return Sequences.from_rows(
         [shop.template.encode(r.prompt, r.response, max_length=limit, origin=r.origin).row for r in records]
     )
 
 
-@torch.no_grad()
 def _scores(shop: Workshop, model: ScoreModel, sequences: Sequences | None) -> list[float]:
-    scores = torch.zeros(0 if sequences is None else len(sequences), dtype=torch.float64)
-    for part in microbatches([] if sequences is None else sequences.lengths.tolist(), shop.machine.microbatch_tokens):
-        assert sequences is not None
-        scores[part] = model(sequences.select(part).to(model.device)).cpu().double()
-    return scores.tolist()
+    if sequences is None:
+        return []
+    return scores_of(model, sequences.to(model.device), shop.machine.microbatch_tokens).tolist()
 
 
 def _length_sign(train: Sequence[Comparison]) -> float:

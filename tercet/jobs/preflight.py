@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from tercet.config import Config
 from tercet.config.ppo import RewardTerm
 from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
-from tercet.data.template import Template
+from tercet.data.template import Template, require_response
 from tercet.jobs.workshop import check_room, prompt_records
 from tercet.models.load import (
     check_vocabulary,
@@ -217,11 +217,7 @@ def _check_lengths(config: Config, template: Template, base: str, records: Recor
         for record in records.get(stage, ()):
             for response in _responses(record):
                 row = template.encode(record.prompt, response, max_length=limit, origin=record.origin).row
-                if len(row.ids) <= row.prompt_len:
-                    raise TercetError(
-                        f"{record.origin}: no token of the response is left: the prompt alone has {row.prompt_len} tokens and "
-                        f"{stage}.max_length is {limit}; raise it, lower data.max_prompt_length, or remove the record"
-                    )
+                require_response(row, stage, limit, record.origin)
                 if positions is not None and len(row.ids) > positions:
                     raise TercetError(
                         f"{record.origin}: {len(row.ids)} tokens, but {base} has {positions} positions: lower {stage}.max_length to "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tercet.config import Config
-from tercet.data.records import read_demonstrations, split
+from tercet.data.records import read_demonstrations, sides, split
 from tercet.jobs.card import sft_samples, write_card
 from tercet.jobs.comparisons import comparison_sets
 from tercet.jobs.evaluation import judges_of, main_places, sampling_of
@@ -79,10 +79,7 @@ def run_sft(shop: Workshop) -> Figures:
     """Stage 1: demonstrations -> sft/model."""
     config = shop.config
     assert config.data.sft is not None
-    train: list[Demonstration] = read_demonstrations(config.data.sft)
-    held_out: list[Demonstration] = read_demonstrations(config.data.eval_sft) if config.data.eval_sft else []
-    if not config.data.eval_sft:
-        train, held_out = split(train, config.data.held_out)
+    train, held_out = sides(read_demonstrations, config.data.sft, config.data.eval_sft, config.data.held_out)
     policy = shop.load_policy(shop.base, dropout=config.sft.dropout)
     run = shop.stage_run("sft", "sft")
     figures = train_sft(run, config.sft, policy, shop.template, train, held_out, loss_on=config.sft.loss_on, seed=config.seed)

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.config import Config
 from tercet.config.ppo import RewardTerm
-from tercet.data.batches import microbatches
-from tercet.data.records import read_prompts, split
+from tercet.data.records import read_prompts, sides
 from tercet.data.template import Template, response_text
 from tercet.generation.native import NativeGenerator
 from tercet.models.adapters import Backbone, Rank
@@ -99,7 +98,8 @@ class Workshop:
         assert self.config.model.adapter is not None
         if self._backbone is None or self._backbone.source != source:
             size = Rank(self.config.model.adapter.rank, self.config.model.adapter.alpha)
-            self._backbone = Backbone(source, functools.partial(self._causal_lm, source), self.machine.dtype, size)
+            load, trust = functools.partial(self._causal_lm, source), self.config.model.trust_remote_code
+            self._backbone = Backbone(source, load, self.machine.dtype, size, trust_remote_code=trust)
         return self._backbone
 
     def load_policy(self, source: str, *, frozen: bool = False, dropout: float = 0.0, whole: bool = False) -> Policy:
@@ -198,7 +198,7 @@ class Workshop:
         )
 
     def reward_scorer(self, model: ScoreModel) -> RewardModelScorer:
-        return RewardModelScorer(model, microbatches, self.machine.microbatch_tokens)
+        return RewardModelScorer(model, self.machine.microbatch_tokens)
 
     def write_model(self, final: Path, save: Any) -> None:
         """Let the first rank write a checkpoint beside its place, then put it there whole."""
@@ -248,11 +248,7 @@ def prompt_sides(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts to train on, prompts held out); the second may be empty."""
     data = config.data
     assert data.prompts is not None
-    train: list[Prompt] = read_prompts(data.prompts)
-    evaluation: list[Prompt] = read_prompts(data.eval_prompts) if data.eval_prompts else []
-    if not data.eval_prompts:
-        train, evaluation = split(train, data.held_out)
-    return train, evaluation
+    return sides(read_prompts, data.prompts, data.eval_prompts, data.held_out)
 
 
 def check_room(config: Config, positions: int | None, source: str) -> None:

@@ -37,12 +37,21 @@ class Rank:
 class Backbone:
     """A frozen causal language model that roles stand on. `load` reads its float32 checkpoint, named `source`."""
 
-    def __init__(self, source: str, load: Callable[[], PreTrainedModel], compute_dtype: torch.dtype, size: Rank):
+    def __init__(
+        self,
+        source: str,
+        load: Callable[[], PreTrainedModel],
+        compute_dtype: torch.dtype,
+        size: Rank,
+        *,
+        trust_remote_code: bool = False,
+    ):
         self.source = source
         self.reference = Policy(load(), compute_dtype)
         self.reference.freeze()
         self._load = load
         self._size = size
+        self._trust = trust_remote_code
 
     def policy(self, *, seed: int) -> Policy:
         """A policy that starts as the reference."""
@@ -57,7 +66,7 @@ class Backbone:
         config = copy.deepcopy(self.reference.model.config)
         config.num_labels = 1
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config).eval()
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=self._trust).eval()
         trunk = _sharing(self.reference.model.base_model)
         setattr(model, model.base_model_prefix, trunk)
         head = score_head(model).to_empty(device=self.reference.device)
@@ -130,7 +139,7 @@ class Backbone:
         if isinstance(role, Policy):
             return whole
         with torch.device("meta"):
-            scorer = AutoModelForSequenceClassification.from_config(role.model.config).eval()
+            scorer = AutoModelForSequenceClassification.from_config(role.model.config, trust_remote_code=self._trust).eval()
         setattr(scorer, scorer.base_model_prefix, trunk)
         score_head(scorer).to_empty(device=role.device).float().weight.copy_(role.head.weight)
         return scorer

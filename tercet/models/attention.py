@@ -5,7 +5,6 @@ Results differ from the padded layout's by rounding only.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -72,11 +71,10 @@ def _in_float32(
 ) -> tuple[Tensor, None]:
     """transformers' own attention; of bfloat16 on a CPU in float32, because torch's backward pass there took nine times as long as
     the float32 one (540 against 60 ms of a 6-million-parameter model's step). Of one query a row, as decoding has it, by ours."""
-    half = query.device.type == "cpu" and query.dtype is torch.bfloat16
-    dtype = torch.float32 if half else query.dtype
+    dtype = _kernel_dtype(query)
     if query.device.type == "cpu" and query.shape[2] == 1 and not torch.is_grad_enabled():
         by_head = attention_mask is not None and attention_mask.shape[1] > 1
-        if half and _has_tiles():
+        if query.dtype is torch.bfloat16 and _has_tiles():
             dtype = torch.bfloat16
         elif dtype is torch.float32 and not by_head and not _is_unusual(kwargs):
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -86,10 +84,20 @@ def _in_float32(
 
 
 def cached_keys_dtype(model: PreTrainedModel, states: Tensor) -> torch.dtype:
-    """What a cache should hold the keys `states` in: float32 where decoding asks for float32 scores, lest each step makes them anew."""
-    own = model.config._attn_implementation == _NAME
+    """What a cache should hold the keys `states` in: what decoding computes in, lest each step makes them anew."""
     half = states.device.type == "cpu" and states.dtype is torch.bfloat16
-    return torch.float32 if own and half and not _has_tiles() else states.dtype
+    if model.config._attn_implementation != _NAME or (half and _has_tiles()):
+        return states.dtype
+    return _kernel_dtype(states)
+
+
+def _kernel_dtype(x: Tensor) -> torch.dtype:
+    """What fused attention computes in: float32 or wider on a CPU, autocast's precision elsewhere. (Rotated queries and keys are float32
+    under autocast, too: rotary tables are as wide as hidden states.)"""
+    kind = x.device.type
+    if kind == "cpu":
+        return torch.promote_types(x.dtype, torch.float32)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _is_unusual(kwargs: dict[str, Any]) -> bool:
@@ -109,7 +117,7 @@ def _sdpa(
     """transformers' own attention, computed in `dtype`."""
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.to(dtype)
-    with torch.autocast(query.device.type, enabled=False) if dtype is not query.dtype else contextlib.nullcontext():
+    with torch.autocast(query.device.type, enabled=False):
         output, _ = sdpa_attention_forward(module, query.to(dtype), key.to(dtype), value.to(dtype), attention_mask, **kwargs)
     return output.to(query.dtype)
 

@@ -1,6 +1,6 @@
 """Checkpoints in and out: tokenizers, causal language models, one-label sequence classifiers; models from scratch.
 
-Every model loads in float32 with dropout 0 (rows 16 and 26 of the checklist) and is saved as an ordinary Hugging Face checkpoint.
+Every model loads in float32 with dropout 0 and is saved as an ordinary Hugging Face checkpoint.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def save_policy(
 def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str) -> None:
     """Write a scorer as AutoModelForSequenceClassification reads it.
 
-    That class looks for the last id that is not pad, so pad must be an id that no text contains (row 8 of section 3): the input
+    That class looks for the last id that is not pad, so pad must be an id that no text contains: the input
     embedding gets a row of its own for it, behind all rows that could be sampled, unless an earlier save has added it. Where the
     vocabulary is padded, placeholder tokens fill the gap, because a tokenizer numbers its tokens without holes.
     """

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tercet.algo.products import spare_rows
 from tercet.models.rows import as_rows
 
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
-# For each new shape oneDNN compiles code, 1 to 5 ms, and keeps it, half a megabyte: hence few of them.
-_ROUND = 32  # tokens of a batch are a multiple of this, from 2,048 of them on of the power of two that is at most a 32nd
-_LENGTHS = 8  # lengths of groups, of this
+# Few shapes for oneDNN, as of all products (spare_rows).
+_LENGTHS = 8  # lengths of groups are a multiple of this
 _ROWS = 4  # texts of groups of several times as many, of this
 
 
@@ -56,7 +56,7 @@ class Packing:
         """The packing of texts with these lengths, (B,) int64, each at least 1, padded to `width`."""
         lens, device = lengths.cpu(), lengths.device
         tokens = (torch.arange(width) < lens[:, None]).flatten().nonzero().squeeze(1)
-        spare = -len(tokens) % max(_ROUND, 2 ** (len(tokens).bit_length() - 6))
+        spare = spare_rows(len(tokens))
         offsets, order = lens.cumsum(0) - lens, lens.argsort(descending=True, stable=True)
         groups: list[Group] = []
         places: list[Tensor] = []

@@ -208,7 +208,7 @@ CAUSES: dict[str, Cause] = {
         "above",
         0.75,
         None,
-        "Raise ppo.kl.coef or lower ppo.learning_rate; ppo/best is the best policy within a budget.",
+        "Raise ppo.kl.coef or lower ppo.learning_rate; where ppo.best_kl_budget is set, ppo/best is the best policy within it.",
     ),
     "score_range": Cause(
         "ppo",
@@ -272,7 +272,7 @@ CAUSES: dict[str, Cause] = {
         "below",
         0.5,
         None,
-        "The reward was gamed: raise ppo.kl.coef, use ppo/best, and repair what the reward pays for.",
+        "The reward was gamed: raise ppo.kl.coef, use ppo/best (where ppo.evaluate_every is set), and repair what the reward pays for.",
     ),
     "over_optimised": Cause(
         "ppo",
@@ -282,7 +282,7 @@ CAUSES: dict[str, Cause] = {
         "above",
         0,
         None,
-        "Use ppo/best, stop earlier, or raise ppo.kl.coef; more comparisons move the peak out.",
+        "Use ppo/best (where ppo.evaluate_every is set), stop earlier, or raise ppo.kl.coef; more comparisons move the peak out.",
     ),
     "finished_fell": Cause(
         "ppo",

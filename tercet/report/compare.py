@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import yaml
 
 from tercet.report import tables
 from tercet.report.curves import CURVES, Plot
@@ -83,29 +84,20 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
 
 
 def settings_of(config: str) -> dict[str, str]:
-    """config.yaml as flat keys ("ppo.kl.coef", "ppo.rewards.0.kind") with their values as text. It reads what a run writes, two spaces a
-    level and one line a value, not any YAML."""
-    found: dict[str, str] = {}
-    path: list[str] = []  # the keys above the present line; an element of a list is part of its list's name
-    elements: dict[str, int] = {}
-    for line in config.split("\n"):
-        body = line.strip()
-        depth = (len(line) - len(line.lstrip(" "))) // 2
-        if body.startswith("- ") and depth < len(path):
-            owner = ".".join([*path[:depth], re.sub(r"\.\d+$", "", path[depth])])
-            elements[owner] = elements.get(owner, -1) + 1
-            path = [*path[:depth], f"{owner.rpartition('.')[2]}.{elements[owner]}"]
-            body, depth = body[2:], depth + 1
-        key, colon, value = body.partition(":")
-        if not body or body.startswith("#"):
-            continue
-        if not colon or depth > len(path):
-            found[".".join(path)] = body
-            continue
-        path = [*path[:depth], key]
-        if value.strip():
-            found[".".join(path)] = value.strip()
-    return found
+    """config.yaml as flat keys ("ppo.kl.coef", "ppo.rewards.0.kind") with their values as text; nothing of a file that cannot be read."""
+    try:
+        values = yaml.safe_load(config)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return dict(_leaves(values, "")) if isinstance(values, dict) else {}
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    inside = value.items() if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else ()
+    for name, inner in inside:
+        yield from _leaves(inner, f"{key}.{name}".removeprefix("."))
+    if not inside:  # a value, or an empty list or section
+        yield key, {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

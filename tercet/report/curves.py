@@ -20,7 +20,6 @@ class Curve:
     title: str
     note: str
     held_out: str | None = None
-    third: tuple[str, str] | None = None  # (metric, label): a further evaluation in the same unit
     marks: tuple[tuple[str | float, str], ...] = ()
     share: bool = False  # a share, shown in per cent
     more: bool = False  # shown after the main curves, folded away
@@ -55,7 +54,6 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             marks=((0.5, "a coin"),),
             share=True,
         ),
-        Curve("margin", "Margin", "score of the better response minus the worse"),
         replace(GRADIENT, more=True),
         replace(LEARNING_RATE, more=True),
     ),
@@ -95,8 +93,6 @@ def stage_plots(run: RunData, stage: str) -> list[Plot]:
 def _plot(run: RunData, stage: str, curve: Curve) -> Plot | None:
     apart = "evaluation" if stage == "ppo" and run.value("evaluation.held_out") == 0 else "held-out"
     sources = [(curve.key, "training", "main"), (curve.held_out, apart, "held-out")]
-    if curve.third:
-        sources.append((*curve.third, "third"))
     lines = [_line(run, stage, key, label, role) for key, label, role in sources if key]
     lines = [line for line in lines if any(math.isfinite(y) for y in line.ys)]
     if not lines:

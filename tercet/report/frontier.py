@@ -15,14 +15,6 @@ from tercet.report.plots import GRID, INK, RULE, Line, draw_line, dress, paint_s
 from tercet.report.tables import judge_name
 from tercet.report.text import THIN, short, signed
 
-NAMES = {
-    "score": "Reward model's score",
-    "judge": "Second reward model's score",
-    "gold": "Gold score",
-    "bag_of_words": "Words alone",
-}
-NOT_GAINS = ("iteration", "kl", "n", "beta", "effective")
-
 
 @dataclass(frozen=True)
 class Comparison:

@@ -210,7 +210,7 @@ def data(run: RunData) -> Table | None:
 
 def facts(run: RunData) -> list[tuple[str, str]]:
     """What the run was made with: seed, precision, versions, machine."""
-    known = ("seed", "dtype", "threads", "device", "machine", "commit", "python")
+    known = ("seed", "dtype", "threads", "machine", "python")
     found = [(key, value) for key, value in run.summary.items() if key in known or key.startswith("version")]
     if (seconds := run.value("seconds")) is not None:
         found.append(("time, all stages", duration(seconds)))

@@ -89,10 +89,6 @@ class Checkpoints:
             else:
                 os.replace(replaced, final)
 
-    def clear(self) -> None:
-        """Remove them all: the stage is finished."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def _read(self, path: Path) -> Checkpoint:
         hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name, wanted in hashes.items():

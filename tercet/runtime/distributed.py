@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class World:
@@ -86,9 +86,10 @@ class World:
         """The rows of a batch of `count` that this rank works on."""
         return range(self.rank, count, self.size)
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """The seam at which a sharded engine will wrap a role; ranks that each hold the whole model need no wrapping."""
-        return module
+    def gather_rows(self, own: list[Any]) -> list[Any]:
+        """Something for each row of a batch, in the batch's order, from what each rank has for its `own_rows`; on every rank."""
+        parts = self.gather(own)
+        return [parts[row % self.size][row // self.size] for row in range(sum(map(len, parts)))]
 
 
 def _leave() -> None:

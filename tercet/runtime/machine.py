@@ -182,9 +182,14 @@ def _device(name: str) -> torch.device:
         return torch.device(available[0] if available else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:  # as World.start does: a rank must not touch another's GPU
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TercetError(f"machine.device: {name!r} cannot be used here ({str(error).splitlines()[0]}): try auto") from None
+        raise TercetError(
+            f"machine.device: {name!r} cannot be used here ({str(error).splitlines()[0]}): try auto, or cpu for a run that began on "
+            "another device, which its config.yaml keeps"
+        ) from None
     return device
 
 

@@ -227,7 +227,8 @@ def train(
 def _stop_if_broken(stage: str, skipped: int, loss: float) -> None:
     """A step whose gradient is not finite is skipped and counted; a run of them means that training has broken down."""
     if skipped >= 10:
+        section = "reward" if stage == "judge" else stage
         raise TercetError(
             f"{stage}: {skipped} steps had a gradient that is not finite (last loss {loss}) and were skipped; the last checkpoint is kept. "
-            f"Lower {stage}.learning_rate or set machine.dtype: float32"
+            f"Lower {section}.learning_rate or set machine.dtype: float32"
         )

@@ -72,6 +72,8 @@ class FunctionScorer:
         self._timeout = timeout
 
     def score(self, sequences: Sequences, texts: Texts) -> Tensor:
+        if not texts.responses:  # of a rank that has no rows
+            return torch.zeros(0)
         names = sorted({key for row in texts.fields for key in row})
         fields = {key: [row.get(key) for row in texts.fields] for key in names}
         prompts = [text if isinstance(text, str) else [dict(vars(turn)) for turn in text] for text in texts.prompts]

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tercet.data.batches import microbatches
 from tercet.data.template import seam
 from tercet.models.roles import ScoreModel
 from tercet.scoring.base import Texts, check_finite
 from tercet.types import Sequences, TercetError, Text
 
-Microbatches = Callable[[list[int], int], list[list[int]]]
+
+@torch.no_grad()
+def scores_of(model: ScoreModel, sequences: Sequences, max_tokens: int) -> Tensor:
+    """The scores (B,) of whole texts, in micro-batches, in the precision of the model's head and where the texts are."""
+    scores = torch.zeros(len(sequences), dtype=model.head.weight.dtype, device=sequences.input_ids.device)
+    for rows in microbatches(sequences.lengths.tolist(), max_tokens):
+        scores[rows] = model(sequences.select(rows))
+    return scores
 
 
 class RewardModelScorer:
     """The reward model of stage 2: reads the very token ids that were sampled, never re-tokenised text."""
 
-    def __init__(self, reward_model: ScoreModel, microbatches: Microbatches, max_tokens: int):
+    def __init__(self, reward_model: ScoreModel, max_tokens: int):
         self.reward_model = reward_model
-        self._microbatches = microbatches
         self._max_tokens = max_tokens
 
-    @torch.no_grad()
     def score(self, sequences: Sequences, texts: Texts) -> Tensor:
-        dtype = self.reward_model.head.weight.dtype
-        scores = torch.zeros(len(sequences), dtype=dtype, device=sequences.input_ids.device)
-        for rows in self._microbatches(sequences.lengths.tolist(), self._max_tokens):
-            scores[rows] = self.reward_model(sequences.select(rows))
-        return check_finite(scores, texts, "the reward model")
+        return check_finite(scores_of(self.reward_model, sequences, self._max_tokens), texts, "the reward model")
 
 
 class ClassifierScorer:

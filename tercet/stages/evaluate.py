@@ -137,8 +137,7 @@ def surprisal(
         for place, values in zip(part, logprobs.tolist()):
             counted = rows[own[place]]["length"] - rows[own[place]]["finished"]
             found[place] = -math.fsum(values[:counted]), counted
-    parts = world.gather(found)
-    return [parts[i % world.size][i // world.size] for i in range(len(rows))]
+    return world.gather_rows(found)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], judge_names: Sequence[str]) -> dict[str, float]:
@@ -232,8 +231,7 @@ def _batches(places: Sequence[int], done: int, size: int, world: World) -> Itera
 
 def _together(own: list[Row], world: World, journey: Journey) -> list[Row]:
     """The rows of all ranks in the order of the batch, handed on."""
-    parts = world.gather(own)
-    rows = [parts[i % world.size][i // world.size] for i in range(sum(len(part) for part in parts))]
+    rows = world.gather_rows(own)
     journey.keep(rows)
     journey.done(len(rows))
     return rows

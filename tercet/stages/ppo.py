@@ -48,7 +48,7 @@ def train_ppo(
     controller = kl_controller(config.kl)
     reference_hash = weights_hash(actors.ref_policy)
     release_free_memory()
-    state = _State(run, config, actors, policy_optimizer, value_optimizer, controller)
+    state = _State(run, config, policy_optimizer, value_optimizer, controller)
     rollouts = run.journal("rollouts.jsonl")
     start, rollout, progress = state.restore()
     metrics: dict[str, Any] = (run.metrics.read() or [{}])[-1] if start else {}
@@ -197,7 +197,7 @@ def _rates(config: PPOConfig, iteration: int, model: Policy) -> tuple[float | No
     """The learning rates of the policy, None while only the value model learns, and of the value model."""
     usual = usual_rate(sum(parameter.numel() for parameter in model.parameters()), config.minibatch)
     first = usual if config.learning_rate == "auto" else config.learning_rate
-    value_first = 3 * first if config.value_learning_rate == "auto" else config.value_learning_rate
+    value_first = first if config.value_learning_rate == "auto" else config.value_learning_rate
     policy, value = (
         learning_rate(iteration, config.iterations, base, config.schedule, config.warmup_iterations, min_ratio=0.1)
         for base in (first, value_first)
@@ -220,7 +220,7 @@ def _speeds(
     return {
         "tokens_per_s": rollout.metrics["length"] * config.rollout_batch_size / sum(stopwatch.seconds.values()),
         "update_gflops": achieved / 1e9,
-        "update_utilisation": achieved / measured_rate(machine.dtype, machine.device.type),
+        "update_utilisation": achieved / measured_rate(machine.dtype, str(machine.device)),
     }
 
 
@@ -239,7 +239,6 @@ class _State:
         self,
         run: StageRun,
         config: PPOConfig,
-        actors: Actors,
         policy_optimizer: Optimizer,
         value_optimizer: Optimizer,
         controller: FixedKL,
@@ -295,7 +294,7 @@ def _together(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return parts[0]
     whole = {}
     for name in parts[0]:
-        tensors = [part[name].cpu() for part in parts]
+        tensors = [part[name] for part in parts]
         widths = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
         rows = tensors[0].new_zeros(sum(len(tensor) for tensor in tensors), *widths)
         for rank, tensor in enumerate(tensors):
@@ -308,7 +307,8 @@ def _together(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _tensors_of(experience: Experience) -> dict[str, Tensor]:
     own = {f.name: getattr(experience, f.name) for f in fields(experience) if f.name != "sequences"}
     sequences = {f.name: getattr(experience.sequences, f.name) for f in fields(Sequences) if f.name != "policy_version"}
-    return own | {f"sequences.{name}": value for name, value in sequences.items() if value is not None}
+    every = own | {f"sequences.{name}": value for name, value in sequences.items() if value is not None}
+    return {name: value.cpu() for name, value in every.items()}  # other ranks' processes would unpickle them onto this rank's GPU
 
 
 def _rollout_of(checkpoint: Checkpoint, device: torch.device, world: World) -> Rollout | None:

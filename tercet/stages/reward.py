@@ -16,9 +16,10 @@ from tercet.algo.schedules import learning_rate
 from tercet.algo.statistics import cluster_interval
 from tercet.config.training import RewardConfig
 from tercet.data.batches import TokenStore, batch_indices, microbatches, microbatches_grouped, steps_per_epoch
-from tercet.data.template import Template
+from tercet.data.template import Template, require_response
 from tercet.models.roles import ScoreModel
 from tercet.runtime.stage import Schedule, StageRun, train
+from tercet.scoring.model import scores_of
 from tercet.types import Comparison, Sequences, TercetError
 
 
@@ -108,11 +109,7 @@ def tokenise(records: Sequence[Comparison], template: Template, max_length: int)
     for record in records:
         for response in record.responses:
             row, cut, prompt_cut = template.encode(record.prompt, response, max_length=max_length, origin=record.origin)
-            if len(row.ids) <= row.prompt_len:
-                raise TercetError(
-                    f"{record.origin}: no token of a response is left: the prompt alone has {row.prompt_len} tokens and "
-                    f"reward.max_length is {max_length}; raise it, lower data.max_prompt_length, or remove the record"
-                )
+            require_response(row, "reward", max_length, record.origin)
             rows.append(row)
             truncated += cut or prompt_cut
         starts.append(len(rows))
@@ -187,11 +184,8 @@ def accuracy_interval(pairs: Sequence[Mapping[str, Any]], seed: int) -> tuple[fl
 @torch.no_grad()
 def normalise(reward_model: ScoreModel, samples: Sequences, max_tokens: int) -> dict[str, float]:
     """Give the scores of the SFT policy's samples mean 0 and standard deviation 1 (Ziegler 2019)."""
-    scores = torch.zeros(len(samples), dtype=torch.float64)
-    for part in microbatches(samples.lengths.tolist(), max_tokens):
-        scores[part] = reward_model(samples.select(part)).cpu().double()
     try:
-        gain, bias = normalisation(scores)
+        gain, bias = normalisation(scores_of(reward_model, samples, max_tokens).cpu().double())
     except ValueError as error:
         raise TercetError(
             f"the reward model cannot be normalised on {len(samples)} samples of the SFT policy ({error}): train it longer, or set "

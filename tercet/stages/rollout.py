@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,13 @@ class PromptSet:
         responses = [
             self.decode(ids[:length]) for ids, length in zip(sequences.response_ids.tolist(), sequences.response_lens.tolist())
         ]
-        return Texts([self.texts[row] for row in rows], responses, [self.fields[row] for row in rows])
+        fields = [{name: self.fields[row].get(name) for name in self._names} for row in rows]
+        return Texts([self.texts[row] for row in rows], responses, fields)
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """Of all fields: a batch in which no prompt has one says so for each of its prompts."""
+        return sorted({name for row in self.fields for name in row})
 
 
 @dataclass
@@ -145,9 +152,8 @@ def collect(
         "distinct2": distinct_n([row for part in world.gather(tokens) for row in part], 2),
         "sampler_logprob_gap": max(world.gather(_sampler_gap(sequences, logprobs))),
     }
-    samples = world.gather(_samples(iteration, texts, raw_scores, per_response["kl"], sequences))
-    in_order = [samples[place % world.size][place // world.size] for place in range(len(batch))]
-    return Rollout(experience, metrics, in_order, read_logprobs if read_logprobs.requires_grad else None)
+    samples = world.gather_rows(_samples(iteration, texts, raw_scores, per_response["kl"], sequences))
+    return Rollout(experience, metrics, samples, read_logprobs if read_logprobs.requires_grad else None)
 
 
 @torch.no_grad()

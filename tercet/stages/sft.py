@@ -14,10 +14,10 @@ from tercet.algo.losses import sft_loss
 from tercet.algo.schedules import learning_rate
 from tercet.config.training import TrainingConfig
 from tercet.data.batches import TokenStore, batch_indices, microbatches, steps_per_epoch
-from tercet.data.template import Template
+from tercet.data.template import Template, require_response
 from tercet.models.roles import Policy
 from tercet.runtime.stage import Schedule, StageRun, train
-from tercet.types import Demonstration, Sequences, TercetError
+from tercet.types import Demonstration, Sequences
 
 
 def train_sft(
@@ -32,8 +32,8 @@ def train_sft(
     seed: int,
 ) -> dict[str, float]:
     """Train `policy` in place and return the figures for the summary."""
-    store, truncated = tokenise(train_records, template, config.max_length)
-    eval_store, _ = tokenise(held_out, template, config.max_length)
+    store, truncated = tokenise(train_records, template, run.name, config.max_length)
+    eval_store, _ = tokenise(held_out, template, run.name, config.max_length)
     lengths, targets = store.lengths, _targets(store, loss_on)
     per_epoch = steps_per_epoch(len(store), config.batch_size)
     schedule = Schedule(
@@ -76,15 +76,11 @@ def train_sft(
     return figures | {f"{run.name}.{name}": value for name, value in evaluate().items()}
 
 
-def tokenise(records: Sequence[Demonstration], template: Template, max_length: int) -> tuple[TokenStore, int]:
-    """The records as token rows, and how many of them had to be cut."""
+def tokenise(records: Sequence[Demonstration], template: Template, stage: str, max_length: int) -> tuple[TokenStore, int]:
+    """The records as token rows, and how many of them had to be cut; `stage` is the section that says max_length."""
     encoded = [template.encode(record.prompt, record.response, max_length=max_length, origin=record.origin) for record in records]
     for record, (row, _, _) in zip(records, encoded):
-        if len(row.ids) <= row.prompt_len:
-            raise TercetError(
-                f"{record.origin}: no token of the response is left: the prompt alone has {row.prompt_len} tokens and max_length is "
-                f"{max_length}; raise max_length, lower data.max_prompt_length, or remove the record"
-            )
+        require_response(row, stage, max_length, record.origin)
     return TokenStore.build(one.row for one in encoded), sum(one.truncated or one.prompt_cut for one in encoded)
 
 

@@ -78,7 +78,7 @@ def update(
     Losses are sums over micro-batches and ranks divided by the minibatch's response tokens, so that the step does not depend on
     how the batch was cut.
     """
-    response_lens = _over_ranks(experience.sequences.response_lens, config.rollout_batch_size, world)
+    response_lens = torch.tensor(world.gather_rows(experience.sequences.response_lens.tolist()))
     minibatches = config.rollout_batch_size // config.minibatch
     while progress.epoch < config.ppo_epochs and not progress.finished:
         order = epoch_order(config.rollout_batch_size, seed, iteration * config.ppo_epochs + progress.epoch)
@@ -176,11 +176,3 @@ def _sum_over_ranks(sums: dict[str, Tensor], world: World) -> dict[str, float]:
         return {}
     zero = torch.zeros((), dtype=torch.float64)
     return dict(zip(names, world.all_sum(torch.stack([sums.get(name, zero) for name in names])).tolist()))
-
-
-def _over_ranks(response_lens: Tensor, count: int, world: World) -> Tensor:
-    """Every rank's response lengths in the order of the whole rollout batch, (count,) int64."""
-    lens = torch.zeros(count, dtype=torch.long)
-    for rank, part in enumerate(world.gather(response_lens.tolist())):
-        lens[rank :: world.size] = torch.tensor(part, dtype=torch.long)
-    return lens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 from tercet.world.gold import gold_score
@@ -57,10 +57,3 @@ class Annotator:
             tied = place > 0 and self._tie(golds[i], golds[order[place - 1]])
             ranks[i] = ranks[order[place - 1]] if tied else place + 1
         return ranks
-
-    def ceiling(self, pairs: Iterable[tuple[str, str, str]]) -> float:
-        """Mean of max(p, 1 - p) over (prompt, a, b): the best agreement that anyone can expect with this annotator's choices."""
-        best = [max(p, 1 - p) for p in (self.probability(*pair) for pair in pairs)]
-        if not best:
-            raise ValueError("ceiling needs at least one pair")
-        return sum(best) / len(best)

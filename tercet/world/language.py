@@ -69,7 +69,6 @@ _TABLE = {
         "thing": "a long walk, a holiday, a boat",
     },
 }
-CATEGORIES = tuple(_TABLE)
 FACTS = ("category", "place", "look", "deed", "thing")
 """The kinds of fact; all but the category hold for every topic of a category, so a tiny model can learn them."""
 

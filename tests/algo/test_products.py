@@ -16,6 +16,7 @@ from tercet.algo.products import (
     onednn_multiplies,
     packing_pays,
     product_dtype,
+    spare_rows,
     transposed_product,
 )
 
@@ -149,3 +150,11 @@ def test_the_processors_maker(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_products_in_float32_are_torchs_own() -> None:
     x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
     assert torch.equal(linear_product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("count", "rounded"), [(0, 0), (1, 32), (32, 32), (1000, 1024), (2047, 2048), (2049, 2112), (4097, 4224), (5000, 5120)]
+)
+def test_rows_come_in_few_numbers(count: int, rounded: int) -> None:
+    """Multiples of 32; of 64 from 2,048 on, of 128 from 4,096 on."""
+    assert count + spare_rows(count) == rounded

@@ -164,6 +164,15 @@ class TestPaths:
         assert config.data.prompts == str(here / "a.jsonl")
         assert config.output == str(here / "out")
 
+    def test_a_tilde_is_the_home_folder_wherever_a_file_may_stand(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        rewards = [{"kind": "classifier", "model": "~/c", "label": "good"}, {"kind": "function", "function": "~/r.py:f"}]
+        evaluation = {"gold": "~/g.py:f", "judges": {"one": rewards[1]}, "policies": {"other": "~/p"}}
+        config = load_config({"model": {"name": "~/m"}, "ppo": {"rewards": rewards}, "evaluation": evaluation})
+        assert config.model.name == str(tmp_path / "m") and config.ppo.rewards[0].model == str(tmp_path / "c")
+        assert config.ppo.rewards[1].function == config.evaluation.judges["one"].function == f"{tmp_path / 'r.py'}:f"
+        assert config.evaluation.gold == f"{tmp_path / 'g.py'}:f" and config.evaluation.policies == {"other": str(tmp_path / "p")}
+
     def test_a_missing_data_file_is_named_where_it_was_looked_for(self, tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text("model: {name: gpt2}\ndata: {sft: missing.jsonl}\n")
         assert load_config(tmp_path / "a.yaml").data.sft == str(tmp_path / "missing.jsonl")

@@ -23,7 +23,6 @@ from tercet.algo.kl import AdaptiveKL, FixedKL
 from tercet.algo.masks import whiten
 from tercet.config.load import load_config
 from tercet.config.ppo import KLConfig, PPOConfig
-from tercet.data.batches import microbatches
 from tercet.generation.native import NativeGenerator
 from tercet.models.load import load_causal_lm, save_classifier
 from tercet.models.roles import Policy, ScoreModel
@@ -154,7 +153,7 @@ def test_row_08_the_score_sees_eos_and_stage_2_and_3_agree(tmp_path: Path) -> No
     texts = tiny.sequences_of([(ids, [8]), (ids, [8, tokenizer.eos_token_id]), (ids, [8, 6, 5, 4])])
     with torch.no_grad():
         stage2 = model(texts)
-    stage3 = RewardModelScorer(model, microbatches, 1).score(texts, tiny.texts_of([([0], [0])] * 3))
+    stage3 = RewardModelScorer(model, 1).score(texts, tiny.texts_of([([0], [0])] * 3))
     assert abs(float(stage2[0] - stage2[1])) > 1e-3 and torch.allclose(stage2, stage3, atol=1e-5)
     save_classifier(model.model, tokenizer, tmp_path, card="")
     theirs, own = AutoModelForSequenceClassification.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -360,7 +359,7 @@ def test_row_22_cut_texts_get_no_false_end() -> None:
     assert len(cut.row.ids) == 9 and template.eos_id not in cut.row.ids and cut.truncated and not cut.row.finished
     long = " ".join(tiny.WORDS * 3)
     stores = [
-        sft.tokenise([Demonstration("what", long), Demonstration("what", "rain")], template, 12)[0],
+        sft.tokenise([Demonstration("what", long), Demonstration("what", "rain")], template, "sft", 12)[0],
         reward.tokenise([Comparison("what", (long, "rain"), (0, 1))], template, 12).store,
     ]
     for store in stores:

@@ -1,7 +1,5 @@
 """Orders, cuts and the token store, against hand-made cases and slow loops."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.data.batches import TokenStore, batch_indices, epoch_order, microbatches, microbatches_grouped, steps_per_epoch
-from tercet.types import Sequences, TercetError, TokenRow
+from tercet.types import Sequences, TokenRow
 
 ROWS = [TokenRow((5, 6, 7), 2), TokenRow((8, 9, 10, 11, 12), 1, finished=False), TokenRow((13,), 1)]
 
@@ -20,25 +18,16 @@ def same(left: Sequences, right: Sequences) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-def test_store_gives_back_padded_rows_in_the_order_asked(tmp_path: Path) -> None:
-    built = TokenStore.build(iter(ROWS))
-    built.save(tmp_path / "tokens")
-    loaded = TokenStore.load(tmp_path / "tokens")
-    assert isinstance(loaded.ids, np.memmap) and not loaded.ids.flags.writeable
-    for store in (built, loaded):
-        assert len(store) == 3 and store.lengths.tolist() == [3, 5, 1]
-        batch = store.sequences([1, 0, 1])
-        expected = torch.tensor([[8, 9, 10, 11, 12], [5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
-        assert torch.equal(batch.input_ids, expected)
-        assert batch.prompt_lens.tolist() == [1, 2, 1] and batch.response_lens.tolist() == [4, 1, 4]
-        assert batch.finished.tolist() == [False, True, False]
-        assert same(batch, Sequences.from_rows([ROWS[1], ROWS[0], ROWS[1]]))
-        assert store.sequences(torch.tensor([2])).input_ids.tolist() == [[13]]  # padded to its own longest only
-
-
-def test_empty_store_survives_a_round_trip(tmp_path: Path) -> None:
-    TokenStore.build([]).save(tmp_path)
-    assert len(TokenStore.load(tmp_path)) == 0
+def test_store_gives_back_padded_rows_in_the_order_asked() -> None:
+    store = TokenStore.build(iter(ROWS))
+    assert len(store) == 3 and store.lengths.tolist() == [3, 5, 1] and len(TokenStore.build([])) == 0
+    batch = store.sequences([1, 0, 1])
+    expected = torch.tensor([[8, 9, 10, 11, 12], [5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    assert torch.equal(batch.input_ids, expected)
+    assert batch.prompt_lens.tolist() == [1, 2, 1] and batch.response_lens.tolist() == [4, 1, 4]
+    assert batch.finished.tolist() == [False, True, False]
+    assert same(batch, Sequences.from_rows([ROWS[1], ROWS[0], ROWS[1]]))
+    assert store.sequences(torch.tensor([2])).input_ids.tolist() == [[13]]  # padded to its own longest only
 
 
 def test_store_refuses_rows_without_a_prompt_token() -> None:
@@ -46,28 +35,6 @@ def test_store_refuses_rows_without_a_prompt_token() -> None:
         TokenStore.build([TokenRow((1,), 1), TokenRow((1, 2), 0)])
     with pytest.raises(ValueError, match="prompt_len 3"):
         TokenStore.build([TokenRow((1, 2), 3)])
-
-
-def test_damaged_stores_are_named(tmp_path: Path) -> None:
-    store = TokenStore.build(ROWS)
-    store.save(tmp_path)
-    (tmp_path / "ids.npy").write_bytes((tmp_path / "ids.npy").read_bytes()[:-4])
-    with pytest.raises(TercetError, match="ids.npy"):
-        TokenStore.load(tmp_path)
-    store.save(tmp_path)
-    (tmp_path / "finished.npy").unlink()
-    with pytest.raises(TercetError, match="finished.npy"):
-        TokenStore.load(tmp_path)
-    store.save(tmp_path)
-    np.save(tmp_path / "prompt_lens.npy", np.ones(7, np.int32))
-    with pytest.raises(TercetError, match="do not belong together"):
-        TokenStore.load(tmp_path)
-    np.save(tmp_path / "prompt_lens.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(TercetError, match="prompt_lens.npy"):
-        TokenStore.load(tmp_path)
-    np.save(tmp_path / "prompt_lens.npy", np.ones(3, np.float64))
-    with pytest.raises(TercetError, match="float64"):
-        TokenStore.load(tmp_path)
 
 
 def test_epoch_order_is_a_pure_function() -> None:

@@ -30,6 +30,7 @@ def the(prompts, responses, **fields):
     return [float(response.lower().split().count("the")) for response in responses]
 """
 BRIEF = {"iterations": 2, "evaluate_every": 0}  # of PPO, where an earlier stage is what breaks
+ENOUGH = 1500  # comparisons to see how a reward model breaks
 
 
 def few(clinic: Any, count: int) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def broken_sft(clinic: Any, **changes: Any) -> dict[str, Any]:
 def shuffled(clinic: Any, name: str) -> str:
     """Comparisons whose labels say nothing."""
     rng = random.Random(name)
-    rows = [row if rng.random() < 0.5 else row | swapped(row) for row in clinic.records(name)]
+    rows = [row if rng.random() < 0.5 else row | swapped(row) for row in clinic.records(name)[:ENOUGH]]
     return clinic.write(f"shuffled-{name}", rows)
 
 
@@ -56,7 +57,7 @@ def swapped(row: dict[str, Any]) -> dict[str, Any]:
 def longer(clinic: Any, name: str) -> str:
     """Comparisons in which the longer response is always preferred."""
     rows = []
-    for row in clinic.records(name):
+    for row in clinic.records(name)[:ENOUGH]:
         shorter, longest = sorted((row["chosen"], row["rejected"]), key=len)
         if len(shorter) < len(longest):
             rows.append(row | {"chosen": longest, "rejected": shorter})
@@ -95,7 +96,9 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     "chosen and rejected swapped in training": (
         "reward",
         lambda clinic: {
-            "data": {"comparisons": clinic.write("swapped", [row | swapped(row) for row in clinic.records("comparisons")])},
+            "data": {
+                "comparisons": clinic.write("swapped", [row | swapped(row) for row in clinic.records("comparisons")[:ENOUGH]])
+            },
             "ppo": BRIEF,
         },
         {"reward_inverted"},

@@ -165,7 +165,7 @@ class TestPPO:
         rate = usual_rate(AutoModelForCausalLM.from_pretrained(runs.model).num_parameters(), 8)
         assert [row["learning_rate"] for row in metrics] == [rate, rate / 2]
         assert f"ppo.learning_rate {rate:.2g}" in " ".join(capsys.readouterr().err.split())
-        _, _, same = ppo(iterations=2, learning_rate=rate, value_learning_rate=3 * rate)
+        _, _, same = ppo(iterations=2, learning_rate=rate, value_learning_rate=rate)
         weights = [(run / "ppo/model/model.safetensors").read_bytes() for run in (folder, same)]
         assert weights[0] == weights[1]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ import tiny
 import torch
 import yaml
 from conftest import tiny_config, write_tiny_data
-from fault.harness import contents, differences
+from fault.harness import contents, differences, start_server
+from fault.rank import run
 from safetensors.torch import load_file
 
 from tercet.stages.ppo import _together
@@ -23,12 +23,20 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 def start(folder: Path, ranks: int, stop_at: int = 0) -> bool:
     """Run in so many processes; whether it was interrupted."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(Path(__file__).with_name("rank.py")), str(folder / "tercet.yaml"), str(stop_at)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[:6000]
-    return "interrupted at question" in done.stdout
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"{rank}.log" for rank in range(ranks)]
+    given = [(str(folder / "tercet.yaml"), stop_at, rank, ranks, port, str(log)) for rank, log in enumerate(logs)]
+    processes = [context.Process(target=run, args=arguments, daemon=True) for arguments in given]
+    for process in processes:
+        process.start()
+    for process, log in zip(processes, logs):
+        process.join(600)
+        assert process.exitcode == 0, log.read_text()[-6000:]
+    return "interrupted at question" in logs[0].read_text()
 
 
 def prepare(folder: Path) -> Path:
@@ -53,6 +61,7 @@ def test_two_ranks_stop_in_the_middle_of_an_iteration_and_go_on(tmp_path: Path) 
     (checkpoint,) = sorted((broken / "run/ppo/checkpoints").glob("step-*"))[-1:]
     state = json.loads((checkpoint / "state.json").read_text())["values"]
     assert state["progress"]["steps"] == 2 and len(state["samples"]) == 8 and len(state["random"]) == 2
+    assert state["random"][0] != state["random"][1], "ranks draw other dropout"
     assert len(load_file(checkpoint / "experience.safetensors")["scores"]) == 8, "the rows of both ranks"
     assert not start(broken, 2)
     assert differences(contents(broken / "run"), contents(whole / "run")) == []

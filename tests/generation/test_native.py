@@ -11,7 +11,7 @@ import torch
 from model_zoo import ARCHITECTURES, bpe_tokenizer, causal_lm, write_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from tercet.generation.cache import RoomyLayer, cache_for
 from tercet.generation.native import NativeGenerator, _close_ranks
@@ -58,6 +58,30 @@ def scripted_policy(script: list[int]) -> Policy:
 
 
 # What is sampled
+
+
+def test_rows_leave_a_model_whose_layers_carry_states() -> None:
+    """Linear attention beside attention: the convolutions' and recurrent states lose the rows too."""
+    heads = {f"linear_num_{kind}_heads": count for kind, count in (("key", 2), ("value", 4))}
+    heads |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    sizes |= {"head_dim": 16, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "vocab_size": 40}
+    config = AutoConfig.for_model("qwen3_next", **sizes, **heads)
+    assert set(config.layer_types) == {"linear_attention", "full_attention"}
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(config).eval())
+    prompts = [[9, 10, 11], [12], [13, 14, 15, 16, 17], *([20 + i] for i in range(9))]
+    sequences = generator_of(policy, stop_ids=list(range(3, 9))).sample(prompts, numbers(len(prompts)))
+    assert len(set(sequences.response_lens.tolist())) > 3, "they leave at different steps"
+    with torch.no_grad():
+        wanted, _ = policy(sequences)
+    torch.testing.assert_close(sequences.sampler_logprobs, wanted, rtol=0, atol=1e-5)
 
 
 @EVERY

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from model_zoo import SHAPES, causal_lm, ragged
 
+from tercet.models import adapters
 from tercet.models.adapters import Backbone, Rank
 from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.distributed import World
@@ -114,3 +116,19 @@ def test_the_seed_decides_the_random_factor() -> None:
         return next(p for name, p in policy.named_parameters() if "lora_A" in name)
 
     assert torch.equal(factor(first), factor(same)) and not torch.equal(factor(first), factor(other))
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_repositorys_own_code_is_run_only_where_it_is_trusted(trusted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    build = adapters.AutoModelForSequenceClassification.from_config
+
+    def watched(config: Any, **options: Any) -> Any:
+        asked.append(options["trust_remote_code"])
+        return build(config, **options)
+
+    monkeypatch.setattr(adapters.AutoModelForSequenceClassification, "from_config", watched)
+    backbone = Backbone("some/base", lambda: causal_lm("gpt2"), torch.float64, Rank(2, 6), trust_remote_code=trusted)
+    scorer = backbone.scorer(seed=0)
+    assert scorer.merge is not None and scorer.merge() is not None
+    assert asked == [trusted, trusted]

@@ -63,8 +63,7 @@ MASKS: list[Row] = [
 
 LOGPROBS: list[Row] = [
     ("spare tokens have log-probabilities", "return logprobs[:count]", "return logprobs"),
-    ("products of any number of tokens", "if count >= 8 * _ROUND else 0", "if False else 0"),
-    ("few tokens become many", "if count >= 8 * _ROUND else 0", ""),
+    ("products of any number of tokens", "spare = spare_rows(count)", "spare = 0"),
     ("the state of the token itself predicts it", "prompt_lens[:, None] - 1 + steps", "prompt_lens[:, None] + steps"),
     ("the state two before predicts", "prompt_lens[:, None] - 1 + steps", "(prompt_lens[:, None] - 2 + steps).clamp(min=0)"),
     ("the temperature is left out", "logits = logits / temperature", "logits = logits / 1.0"),
@@ -334,6 +333,7 @@ TEMPLATE: list[Row] = [
 ]
 
 ROLLOUT: list[Row] = [
+    ("a field that nobody in the batch has is left out", "for name in self._names}", "for name in self.fields[row]}"),
     ("the reference's temperature is left out", "actors.ref_policy(part, temperature=temperature)", "actors.ref_policy(part)"),
     (
         "the old policy's temperature is left out",
@@ -468,6 +468,11 @@ UPDATE: list[Row] = [
 ]
 
 ATTENTION: list[Row] = [
+    (
+        "autocast rounds rotated queries",
+        "autocast(query.device.type, enabled=False)",
+        "autocast(query.device.type, enabled=query.dtype is dtype)",
+    ),
     ("attention looks ahead", "-torch.inf, dtype=dtype).triu_(1)", "-torch.inf, dtype=dtype).triu_(2)"),
     ("attention is not scaled", "k.transpose(1, 2), alpha=scale)", "k.transpose(1, 2))"),
     ("gradients of queries and keys are not scaled", "-1, wide).mul_(ctx.scale)", "-1, wide)"),
@@ -486,7 +491,7 @@ ATTENTION: list[Row] = [
 ]
 
 PACKING: list[Row] = [
-    ("batches of any length", "% max(_ROUND, 2 ** (len(tokens).bit_length() - 6))", "% _ROUND"),
+    ("batches of any length", "spare = spare_rows(len(tokens))", "spare = 0"),
     ("groups of any number of texts", "-count % _ROWS if count > 2 * _ROWS else 0", "0"),
     ("positions go on over texts", "F.pad(tokens % width, (0, spare))", "F.pad(torch.arange(len(tokens)), (0, spare))"),
     (
@@ -569,6 +574,7 @@ ENDS = f"{NATIVE}rows_end_at_the_first_stop_id_and_leave_the_batch {NATIVE}immed
 
 PRODUCTS: list[Row] = [
     ("every processor is held to have bfloat16", "and _onednn_has_bfloat16()", "and True"),
+    ("many rows come in as many numbers as a few do", "max(32, 2 ** (count.bit_length() - 6))", "32"),
     ("a half of the rows twice", "for part in torch.chunk(x, 2)", "for part in (torch.chunk(x, 2)[0], x[: len(x) // 2])"),
     ("everything in halves", "if lopsided and x.dtype is torch.bfloat16:", "if True:"),
     ("the last columns are not copied", "zip(torch.split(copied, 64, dim=1),", "zip(torch.split(copied, 64, dim=1)[:-1],"),
@@ -680,13 +686,13 @@ CLASSIFIER: list[Row] = [
     ("dropout is on while scoring", "model.requires_grad_(False).eval()", "model.requires_grad_(False).train()"),
     (
         "scores come back in the micro-batches' order",
-        "scores[rows] = self.reward_model(",
-        "scores[sorted(rows)] = self.reward_model(",
+        "scores[rows] = model(",
+        "scores[sorted(rows)] = model(",
     ),
     (
         "scores carry a gradient",
-        "    @torch.no_grad()\n    def score(self, sequences: Sequences, texts: Texts) -> Tensor:\n        dtype",
-        "    def score(self, sequences: Sequences, texts: Texts) -> Tensor:\n        dtype",
+        "@torch.no_grad()\ndef scores_of(",
+        "def scores_of(",
     ),
 ]
 
@@ -716,7 +722,7 @@ REWARD: list[Row] = [
 
 PPO: list[Row] = [
     ("a learning rate that is given is passed over", 'usual if config.learning_rate == "auto" else', "usual if True else"),
-    ("the value model learns like the policy", "3 * first if", "first if"),
+    ("the value model learns three times as fast", "value_first = first if", "value_first = 3 * first if"),
     ("a NaN passes the sampler's check", "if not gap <= limit:", "if gap > limit:"),
     ("the reference may move", "if weights_hash(actors.ref_policy) != reference_hash:", "if reference_hash is None:"),
     (
@@ -826,7 +832,13 @@ MUTANTS: list[Mutant] = [
     *_of(
         "generation/native.py",
         f"{NATIVE}samples_depend_on_neither_batch_nor_order_nor_split",
-        [("the numbers of other rows", "uniforms[rows.cpu().clamp(max=nowhere - 1), step]", "uniforms[: len(rows), step]")],
+        [
+            (
+                "the numbers of other rows",
+                "uniforms[rows.to(uniforms.device).clamp(max=nowhere - 1), step]",
+                "uniforms[: len(rows), step]",
+            )
+        ],
     ),
     *_of(
         "generation/native.py",
@@ -854,6 +866,11 @@ MUTANTS: list[Mutant] = [
         ],
     ),
     *_of(
+        "generation/cache.py",
+        f"{NATIVE}rows_leave_a_model_whose_layers_carry_states",
+        [("states of linear attention keep all rows", "layer.reorder_cache(rows)", "layer.reorder_cache(rows[:0])")],
+    ),
+    *_of(
         "runtime/optim.py",
         "runtime/test_optim.py",
         [
@@ -875,6 +892,11 @@ MUTANTS: list[Mutant] = [
     *_of("models/load.py", "models/test_load.py", LOAD),
     *_of("scoring/model.py", "scoring/test_model.py", CLASSIFIER),
     *_of("scoring/base.py", "scoring/test_base.py", SCORING_BASE),
+    *_of(
+        "scoring/function.py",
+        "scoring/test_function.py",
+        [("a function is asked about nothing", "if not texts.responses:", "if False:")],
+    ),
     *_of("stages/sft.py", "stages/test_sft.py", SFT),
     *_of("stages/reward.py", "stages/test_reward.py", REWARD),
     *_of(

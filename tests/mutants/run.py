@@ -124,7 +124,7 @@ def run_all(mutants: Iterable[Mutant]) -> dict[str, str]:
 
 def section(verdicts: dict[str, str]) -> str:
     """The figures as Markdown."""
-    outcomes = list(verdicts.values())
+    outcomes = [verdicts[f"{mutant.file}: {mutant.name}"] for mutant in MUTANTS]  # not those of mutants that are no more
     killed, equivalent, survived = (sum(one in kinds for one in outcomes) for kinds in KINDS)
     lines = [
         f"{len(MUTANTS)} mutants: {killed} killed, {equivalent} equivalent, {survived} survived.",

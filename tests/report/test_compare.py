@@ -74,7 +74,7 @@ def test_settings_of_a_written_configuration() -> None:
         "a": "1",
         "ppo.kl.coef": "0.1",
         "ppo.stop.0": "END",
-        "ppo.stop.1": "'##'",
+        "ppo.stop.1": "##",
         "ppo.rewards.0.kind": "stage",
         "ppo.rewards.0.model": "null",
         "ppo.rewards.1.kind": "function",

@@ -189,10 +189,6 @@ class TestWorldOfOne:
         World().sum_gradients(layer.parameters())
         assert torch.equal(layer.weight.grad, before)
 
-    def test_prepare_changes_nothing(self) -> None:
-        layer = nn.Linear(2, 1)
-        assert World().prepare(layer) is layer
-
 
 def test_every_row_has_exactly_one_owner() -> None:
     for size in (1, 2, 3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from tercet.runtime import stage as module
 from tercet.runtime.checkpoint import random_state
 from tercet.runtime.distributed import World
-from tercet.runtime.stage import StageRun
+from tercet.runtime.stage import StageRun, _stop_if_broken
+from tercet.types import TercetError
 
 
 def run_of(folder: Path, **options: object) -> StageRun:
@@ -105,3 +107,8 @@ def test_each_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:
         tiny.run_of(tmp_path, "sft", world=Rank(rank, 2)).resume()
         assert torch.rand(1).item() == wanted[rank]
     assert len(set(wanted)) == 2
+
+
+def test_a_judge_that_breaks_down_names_a_setting_that_exists() -> None:
+    with pytest.raises(TercetError, match=r"^judge: 10 steps .* Lower reward\.learning_rate "):
+        _stop_if_broken("judge", 10, math.nan)

@@ -46,6 +46,16 @@ def test_what_the_function_is_given() -> None:
     assert seen["topic"] == ["rain", "sun"] and seen["level"] == [3, None] and seen["other"] == [None, None]
 
 
+def test_a_function_is_not_asked_about_nothing() -> None:
+    """A rank of many may have no rows."""
+
+    def function(prompts: list[Any], responses: list[str]) -> list[float]:
+        raise AssertionError
+
+    nothing = Sequences.from_rows([])
+    assert FunctionScorer(function, name="it").score(nothing, Texts([], [], [])).shape == (0,)
+
+
 def test_what_the_function_does_to_its_arguments_stays_there() -> None:
     def function(prompts: list[Any], responses: list[str], **fields: Any) -> list[float]:
         prompts[1][0]["content"] = "changed"

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tercet.models.roles import ScoreModel
+from tercet.scoring import model as module
 from tercet.scoring.base import Texts
 from tercet.scoring.model import ClassifierScorer, RewardModelScorer
 from tercet.types import Message, Sequences, TercetError, Text
@@ -40,15 +41,13 @@ def alone(model: Any, tokenizer: Any, texts: Sequence[str], label: int = 0, **op
 
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[5], [0, 3], [4, 2, 1]], [[0], [1], [2], [3], [4], [5]]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reward_model_scores_the_ids_however_they_are_split(split: list[list[int]], dtype: torch.dtype) -> None:
+def test_reward_model_scores_the_ids_however_they_are_split(
+    split: list[list[int]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scorer, sequences = ScoreModel(classifier("llama_tied"), dtype), ragged(SHAPES)
     asked: list[Any] = []
-
-    def microbatches(lengths: list[int], most: int) -> list[list[int]]:
-        asked.append((lengths, most))
-        return split
-
-    scores = RewardModelScorer(scorer, microbatches, 123).score(sequences, texts_of([""] * 6, [""] * 6))
+    monkeypatch.setattr(module, "microbatches", lambda lengths, most: asked.append((lengths, most)) or split)  # type: ignore[func-returns-value]
+    scores = RewardModelScorer(scorer, 123).score(sequences, texts_of([""] * 6, [""] * 6))
     assert asked == [([12, 2, 15, 12, 3, 10], 123)] and scores.dtype == dtype and not scores.requires_grad
     for row in range(6):
         ids = sequences.input_ids[row : row + 1, : asked[0][0][row]]
@@ -61,7 +60,7 @@ def test_reward_model_gives_the_same_score_twice() -> None:
     """The zoo's GPT-2 has a dropout of 0.1; a scorer is frozen, which puts it in evaluation mode."""
     model = ScoreModel(classifier("gpt2").train())
     model.freeze()
-    scorer = RewardModelScorer(model, lambda lengths, most: [list(range(len(lengths)))], 99)
+    scorer = RewardModelScorer(model, 99)
     sequences, texts = ragged(SHAPES), texts_of([""] * 6, [""] * 6)
     assert torch.equal(scorer.score(sequences, texts), scorer.score(sequences, texts))
 
@@ -70,7 +69,7 @@ def test_reward_model_with_broken_weights() -> None:
     model = ScoreModel(classifier("gpt2"))
     with torch.no_grad():
         model.head.weight.fill_(float("nan"))
-    scorer = RewardModelScorer(model, lambda lengths, most: [list(range(len(lengths)))], 99)
+    scorer = RewardModelScorer(model, 99)
     with pytest.raises(TercetError, match="the reward model gave the score nan to 2 of 2 responses, the first being 'one'"):
         scorer.score(ragged([(2, 2)] * 2), texts_of(["", ""], ["one", "two"]))
 

@@ -324,8 +324,8 @@ def test_models_given_as_one_object_show_up_as_a_changed_reference(tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ({}, (1.0, 3.0)),
-        ({"learning_rate": 0.5}, (0.5, 1.5)),
+        ({}, (1.0, 1.0)),
+        ({"learning_rate": 0.5}, (0.5, 0.5)),
         ({"value_learning_rate": 0.5}, (1.0, 0.5)),
         ({"learning_rate": 0.25, "value_learning_rate": 0.5}, (0.25, 0.5)),
     ],
@@ -333,7 +333,7 @@ def test_models_given_as_one_object_show_up_as_a_changed_reference(tmp_path: Pat
 def test_learning_rates_that_are_not_given(
     given: dict[str, float], wanted: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy's follows from its own size and the minibatch, the value model's is three times the policy's."""
+    """The policy's follows from its own size and the minibatch, the value model's is the policy's."""
     policy = tiny.policy_of()
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(ppo, "usual_rate", lambda *of: asked.append(of) or 1.0)

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from tercet.generation.native import NativeGenerator
-from tercet.stages.rollout import Actors, prompt_rows, read
+from tercet.stages.rollout import Actors, PromptSet, prompt_rows, read
 from tercet.types import Message, TercetError
 
 
@@ -222,3 +222,9 @@ def test_samples_of_another_policy_version_are_refused(actors: Actors) -> None:
     actors.generator.sync = lambda version: None  # type: ignore[method-assign]
     with pytest.raises(TercetError, match="sampled from policy version 0"):
         tiny.rollout_of(actors, tiny.ppo_config(), iteration=3)
+
+
+def test_a_field_that_no_prompt_of_a_batch_has_is_none_for_each_of_them() -> None:
+    prompts = PromptSet([[5], [6], [7]], ["a", "b", "c"], [{"answer": "x"}, {}, {"level": 2}], str)
+    texts = prompts.texts_of(tiny.sequences_of([([6], [1]), ([6], [2])]), [1, 1])
+    assert texts.fields == [{"answer": None, "level": None}] * 2

@@ -88,8 +88,8 @@ def test_loss_on_all_tokens_is_another_loss(template: Any) -> None:
 
 def test_every_whole_response_ends_with_eos_and_no_cut_one_does(template: Any) -> None:
     """Section 3, row 22."""
-    store, truncated = tokenise(RECORDS, template, 12)
-    whole, _ = tokenise(RECORDS, template, 64)
+    store, truncated = tokenise(RECORDS, template, "sft", 12)
+    whole, _ = tokenise(RECORDS, template, "sft", 64)
     cut = [length > 12 for length in whole.lengths]
     assert truncated == sum(cut) and 0 < sum(cut) < len(RECORDS)
     sequences = store.sequences(list(range(len(RECORDS))))
@@ -102,7 +102,7 @@ def test_every_whole_response_ends_with_eos_and_no_cut_one_does(template: Any) -
 
 def test_a_text_record_counts_every_token_but_its_first(tmp_path: Path, template: Any) -> None:
     text = RECORDS[3]
-    store, _ = tokenise([text], template, 64)
+    store, _ = tokenise([text], template, "sft", 64)
     assert store.prompt_lens.tolist() == [1]
     ids = template.tokenizer(text.response).input_ids
     assert store.ids.tolist() == [*ids, template.eos_id]
@@ -128,8 +128,8 @@ def test_each_record_comes_once_an_epoch(tmp_path: Path) -> None:
 
 def test_a_prompt_that_fills_the_length_is_an_error_with_its_row(template: Any) -> None:
     record = Demonstration("what is rain " * 10, "water", origin="data.jsonl:7")
-    with pytest.raises(TercetError, match=r"data.jsonl:7: no token of the response is left.*max_length is 8"):
-        tokenise([record], template, 8)
+    with pytest.raises(TercetError, match=r"data.jsonl:7: no token of the response is left.* sft.max_length is 8"):
+        tokenise([record], template, "sft", 8)
 
 
 def test_dropout_acts_while_training_and_never_in_evaluation(tmp_path: Path, template: Any) -> None:

@@ -61,19 +61,6 @@ def test_rankings_with_ties_skip_the_next_rank() -> None:
     assert annotator.rank(PROMPT, (BEST,) * 4) == [1, 1, 1, 1]
 
 
-def test_ceiling_by_a_slow_loop() -> None:
-    annotator = Annotator(temperature=0.5)
-    pairs = [(PROMPT, BEST, LESS), (PROMPT, LESS, BEST), (PROMPT, BEST, TWIN)]
-    total = 0.0
-    for prompt, a, b in pairs:
-        strong, weak = math.exp(gold_score(prompt, a) / 0.5), math.exp(gold_score(prompt, b) / 0.5)
-        total += max(strong, weak) / (strong + weak)
-    assert annotator.ceiling(pairs) == pytest.approx(total / 3)
-    assert annotator.ceiling([(PROMPT, BEST, BEST)]) == 0.5
-    with pytest.raises(ValueError, match="at least one pair"):
-        annotator.ceiling([])
-
-
 def test_same_seed_same_answers() -> None:
     one, same, other = (Annotator(seed=seed) for seed in (7, 7, 8))
     asked = [annotator.compare(PROMPT, BEST, TWIN) for _ in range(50) for annotator in (one, same, other)]
