@@ -144,10 +144,9 @@ def test_remote_code_is_off_and_only_the_configuration_turns_it_on() -> None:
         for file, call in calls(name):
             given = [ast.unparse(k.value) for k in call.keywords if k.arg == "trust_remote_code"]
             # Handed on from the configuration, never written down as true.
-            assert all(
-                value in ("trust_remote_code", "trust", "self._trust") or value.endswith("model.trust_remote_code")
-                for value in given
-            ), file
+            assert all(value in ("trust_remote_code", "trust") or value.endswith("model.trust_remote_code") for value in given), (
+                file
+            )
 
 
 def test_code_is_imported_only_where_a_reward_function_is_loaded() -> None:

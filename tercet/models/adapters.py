@@ -65,8 +65,7 @@ class Backbone:
         """A reward or value model: that of an adapter's folder, or a new one that scores 0."""
         config = copy.deepcopy(self.reference.model.config)
         config.num_labels = 1
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=self._trust).eval()
+        model = self._classifier(config)
         trunk = _sharing(self.reference.model.base_model)
         setattr(model, model.base_model_prefix, trunk)
         head = score_head(model).to_empty(device=self.reference.device)
@@ -127,6 +126,13 @@ class Backbone:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(wide)
 
+    def _classifier(self, config: Any) -> PreTrainedModel:
+        """A sequence classifier that has no memory of its own yet."""
+        trust = self._trust
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust).eval()
+        return model
+
     @torch.no_grad()
     def _merged(self, role: Policy | ScoreModel) -> PreTrainedModel:
         """An ordinary float32 model that computes what backbone and adapter do together; of a role that learns."""
@@ -138,8 +144,7 @@ class Backbone:
             trunk.get_submodule(layer).weight += delta.float()
         if isinstance(role, Policy):
             return whole
-        with torch.device("meta"):
-            scorer = AutoModelForSequenceClassification.from_config(role.model.config, trust_remote_code=self._trust).eval()
+        scorer = self._classifier(role.model.config)
         setattr(scorer, scorer.base_model_prefix, trunk)
         score_head(scorer).to_empty(device=role.device).float().weight.copy_(role.head.weight)
         return scorer

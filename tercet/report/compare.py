@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import yaml
 
 from tercet.report import tables
 from tercet.report.curves import CURVES, Plot
@@ -85,6 +84,8 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
 
 def settings_of(config: str) -> dict[str, str]:
     """config.yaml as flat keys ("ppo.kl.coef", "ppo.rewards.0.kind") with their values as text; nothing of a file that cannot be read."""
+    import yaml  # here, because a run's own report has no use for it
+
     try:
         values = yaml.safe_load(config)
     except (yaml.YAMLError, ValueError, RecursionError):

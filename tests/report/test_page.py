@@ -213,7 +213,7 @@ def test_a_failed_write_leaves_the_old_page(new_run, monkeypatch) -> None:
 def test_report_loads_neither_torch_nor_other_rooms() -> None:
     code = (
         "import sys, tercet.report, tercet.report.verdict; "
-        "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'transformers', 'pydantic') "
+        "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'transformers', 'yaml', 'pydantic') "
         "or (name.startswith('tercet.') and not name.startswith('tercet.report'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
