@@ -43,7 +43,7 @@ def main(folder: Path, name: str, dtype: str) -> None:
     machine = resolve("auto", dtype, "auto", tokens, parameters, adapter="adapter" in flags)
     machine.apply()
     if "adapter" in flags:
-        backbone = Backbone(str(folder), load, machine.dtype, Rank(16, 32))
+        backbone = Backbone(str(folder), lambda half: load(), machine.dtype, Rank(16, 32))
         policy, reference = backbone.policy(seed=0), backbone.reference
         value_model, reward = backbone.scorer(seed=1), backbone.scorer(seed=2)
     else:

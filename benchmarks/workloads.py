@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 EOS, PAD = 0, 1
 # Of policy and value model on both sides: every computation is made and no weight moves, so that response lengths stay as planted. At
@@ -36,6 +44,9 @@ class Workload:
     epochs: int
     microbatch: int
     mean_length: float | None = None  # of a response; None: EOS is as rare as any other token
+    architecture: str = (
+        "gpt2"  # or qwen2: rotary positions, RMSNorm, two heads of keys and values, gated feed-forwards of 3 x width
+    )
 
     @property
     def microbatch_tokens(self) -> int:
@@ -49,6 +60,7 @@ WORKLOADS = {
         Workload("tiny", 4, 128, 4, 2_048, batch=32, new_tokens=48, epochs=4, microbatch=8),
         Workload("gpt2", 12, 768, 12, 50_257, batch=16, new_tokens=48, epochs=2, microbatch=4),
         Workload("ragged", 12, 768, 12, 50_257, batch=16, new_tokens=96, epochs=2, microbatch=4, mean_length=20.0),
+        Workload("qwen", 12, 512, 8, 32_000, batch=16, new_tokens=48, epochs=2, microbatch=4, architecture="qwen2"),
         Workload("small", 4, 256, 4, 8_192, batch=64, new_tokens=64, epochs=1, microbatch=64),
     )
 }
@@ -61,20 +73,14 @@ def workload_of(name: str) -> Workload:
     return replace(WORKLOADS[base], name=name, **numbers)  # type: ignore[arg-type]
 
 
-def config_of(workload: Workload) -> GPT2Config:
-    """GPT-2's own configuration at the workload's size, without dropout."""
-    return GPT2Config(
-        n_layer=workload.layers,
-        n_embd=workload.width,
-        n_head=workload.heads,
-        vocab_size=workload.vocabulary,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+def config_of(workload: Workload) -> PreTrainedConfig:
+    """The architecture's own configuration at the workload's size, without dropout."""
+    tokens = {"vocab_size": workload.vocabulary, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    sizes = {"num_hidden_layers": workload.layers, "hidden_size": workload.width, "num_attention_heads": workload.heads}
+    if workload.architecture == "qwen2":
+        wide = {"intermediate_size": 3 * workload.width, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+        return Qwen2Config(**tokens, **sizes, **wide, tie_word_embeddings=True)
+    return GPT2Config(**tokens, **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 def prepare(workload: Workload, folder: Path, prompts: int = 256) -> None:
@@ -83,11 +89,11 @@ def prepare(workload: Workload, folder: Path, prompts: int = 256) -> None:
         return
     torch.manual_seed(0)
     config = config_of(workload)
-    policy = GPT2LMHeadModel(config)
+    policy = AutoModelForCausalLM.from_config(config)
     if workload.mean_length is not None:
         plant_eos_rate(policy, 1 / workload.mean_length)
     config.num_labels = 1
-    reward = GPT2ForSequenceClassification(config)
+    reward = AutoModelForSequenceClassification.from_config(config)
     words = {f"w{i}": i for i in range(workload.vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -101,7 +107,7 @@ def prepare(workload: Workload, folder: Path, prompts: int = 256) -> None:
 
 
 @torch.no_grad()
-def plant_eos_rate(policy: GPT2LMHeadModel, rate: float) -> None:
+def plant_eos_rate(policy: PreTrainedModel, rate: float) -> None:
     """Raise EOS's logit through the bias of the last layer norm until about `rate` of the tokens are EOS."""
     direction = policy.transformer.wte.weight[EOS] / policy.transformer.wte.weight[EOS].norm()
     probe = torch.randint(2, policy.config.vocab_size, (16, 32))

@@ -61,7 +61,12 @@ LIBRARIES: dict[str, set[str]] = {
     "doctor": {"torch", "rich", "transformers"},
     "cli": {"typer"},
 }
-STAGES_AMONG_THEMSELVES = {"ppo": {"rollout", "update", "evaluate"}, "evaluate": {"rollout"}}
+STAGES_AMONG_THEMSELVES = {
+    "sft": {"supervised"},
+    "reward": {"supervised"},
+    "ppo": {"rollout", "update", "evaluate"},
+    "evaluate": {"rollout"},
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

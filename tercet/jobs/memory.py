@@ -124,23 +124,21 @@ def _need(stage: str, shape: Shape, load: Load) -> Need:
     adapter = None if stage == "pretrain" else load.adapter
     frozen = {"ppo": 1, "evaluate": 2}.get(stage, 0)  # policies, and as many scorers
     trained = {"ppo": 2, "evaluate": 0}.get(stage, 1)
-    whole = 4 * shape.parameters
-    policy, scorer = (_frozen(shape, load.dtype, head=head) for head in (True, False))
     working = _activations(stage, shape, load) if trained else 0
     if stage in ("reward", "ppo", "evaluate"):
         working = max(working, _sampling(shape, load))
     if adapter is None:
         learned = _wide(load.dtype) * shape.parameters
-        weights = frozen * (policy + scorer) + trained * learned
-        loading = 0 if trained else whole  # of the last model, where no gradients need the room later
+        weights = frozen * (_frozen(shape, load.dtype, head=True) + _frozen(shape, load.dtype, head=False)) + trained * learned
     else:
         learned = _wide(load.dtype) * adapter * shape.adapter
-        weights = policy + (trained + (stage == "ppo")) * learned
-        # A merged model, with no activations beside it, at the stage's end.
-        working, loading = max(int(ADAPTER_GAPS * working), whole), 0
+        # The backbone; in evaluation also a policy that was merged before.
+        weights = max(1, frozen) * _frozen(shape, load.dtype, head=True) + (trained + (stage == "ppo")) * learned
+        # At the stage's end a merged model is written one tensor at a time; the embedding is the largest.
+        working = max(int(ADAPTER_GAPS * working), 2 * 4 * shape.head)
     # Gradients of one role are in memory at a time; two moments for each role that learns.
     training = trained * 2 * learned + (learned if trained else 0)
-    return Need(stage, weights, training, working, PROCESS + loading)
+    return Need(stage, weights, training, working, PROCESS)
 
 
 def _wide(dtype: torch.dtype) -> int:
@@ -153,10 +151,10 @@ def _narrow(dtype: torch.dtype) -> int:
 
 
 def _frozen(shape: Shape, dtype: torch.dtype, *, head: bool) -> int:
-    """A model that learns nothing: matrices in dtype, the rest in float32. A scorer's own head is too small to count."""
-    matrices = shape.linear + (shape.head if head else 0)
-    untouched = shape.parameters - shape.linear - (shape.head if head or not shape.tied else 0)
-    return _narrow(dtype) * matrices + _wide(dtype) * untouched
+    """A model that learns nothing: matrices and the embedding in dtype, the rest in float32. A scorer's own head is too small to count."""
+    embeddings = shape.head * (1 if shape.tied or not head else 2)  # the input's, and an output layer of its own
+    rest = shape.parameters - shape.linear - shape.head * (1 if shape.tied else 2)
+    return _narrow(dtype) * (shape.linear + embeddings) + _wide(dtype) * rest
 
 
 def _activations(stage: str, shape: Shape, load: Load) -> int:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -109,7 +110,8 @@ class Workshop:
                 return self._to_train(self.backbone(source).policy(seed=self.config.seed).eval())
             if source == self.sft_source:
                 return self.backbone(source).reference
-        policy = Policy(self._causal_lm(source, dropout), self.machine.dtype).eval()
+        half = frozen and self.machine.dtype is torch.bfloat16
+        policy = Policy(self._causal_lm(source, dropout, half=half), self.machine.dtype).eval()
         if policy.own_logits:
             console.print(
                 f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)", markup=False
@@ -124,8 +126,9 @@ class Workshop:
             recompute_activations(role.model)
         return role
 
-    def _causal_lm(self, source: str, dropout: float = 0.0) -> PreTrainedModel:
-        model = load_causal_lm(source, dropout=dropout, trust_remote_code=self.config.model.trust_remote_code)
+    def _causal_lm(self, source: str, dropout: float = 0.0, *, half: bool = False) -> PreTrainedModel:
+        trust = self.config.model.trust_remote_code
+        model = load_causal_lm(source, dropout=dropout, trust_remote_code=trust, half=half)
         check_vocabulary(model, self.tokenizer, source)
         return nn.Module.to(model, self.machine.device)
 
@@ -136,7 +139,8 @@ class Workshop:
             folder = None if num_labels is not None else adapter_folder(Path(source))
             scorer = self.backbone(self.sft_source).scorer(folder, seed=self.config.seed).eval()
         else:
-            model = load_classifier(source, num_labels=num_labels, trust_remote_code=self.config.model.trust_remote_code)
+            trust, half = self.config.model.trust_remote_code, frozen and self.machine.dtype is torch.bfloat16
+            model = load_classifier(source, num_labels=num_labels, trust_remote_code=trust, half=half)
             scorer = ScoreModel(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
         if not frozen:
             return self._to_train(scorer)

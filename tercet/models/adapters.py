@@ -7,6 +7,7 @@ or off: the reference is the tree without adapters. What a role learns (its adap
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tercet.models.kernels import use_fast_adapters
 from tercet.models.roles import Policy, ScoreModel, init_score_head, score_head
+from tercet.models.storage import saves_piecewise
 from tercet.types import TercetError
 
 _WEIGHTS, _OFFSET = "adapter_model.safetensors", "tercet.json"
@@ -35,19 +37,20 @@ class Rank:
 
 
 class Backbone:
-    """A frozen causal language model that roles stand on. `load` reads its float32 checkpoint, named `source`."""
+    """A frozen causal language model that roles stand on. `load(half=...)` reads its checkpoint, named `source`, in float32 or as
+    `round_weights` leaves it."""
 
     def __init__(
         self,
         source: str,
-        load: Callable[[], PreTrainedModel],
+        load: Callable[..., PreTrainedModel],
         compute_dtype: torch.dtype,
         size: Rank,
         *,
         trust_remote_code: bool = False,
     ):
         self.source = source
-        self.reference = Policy(load(), compute_dtype)
+        self.reference = Policy(load(half=compute_dtype is torch.bfloat16), compute_dtype)
         self.reference.freeze()
         self._load = load
         self._size = size
@@ -65,7 +68,7 @@ class Backbone:
         """A reward or value model: that of an adapter's folder, or a new one that scores 0."""
         config = copy.deepcopy(self.reference.model.config)
         config.num_labels = 1
-        model = self._classifier(config)
+        model = self._empty(AutoModelForSequenceClassification, config)
         trunk = _sharing(self.reference.model.base_model)
         setattr(model, model.base_model_prefix, trunk)
         head = score_head(model).to_empty(device=self.reference.device)
@@ -126,28 +129,42 @@ class Backbone:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(wide)
 
-    def _classifier(self, config: Any) -> PreTrainedModel:
-        """A sequence classifier that has no memory of its own yet."""
-        trust = self._trust
+    def _empty(self, kind: Any, config: Any) -> PreTrainedModel:
+        """A model that has no memory of its own yet."""
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust).eval()
+            model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, trust_remote_code=self._trust)
+        return model.eval()
+
+    def _merged(self, role: Policy | ScoreModel) -> PreTrainedModel:
+        """An ordinary float32 model that computes what backbone and adapter do together, to be saved; of a role that learns. Its weights
+        are put together one by one while that is done, or here where the checkpoint has other names than transformers."""
+        kind = AutoModelForCausalLM if isinstance(role, Policy) else AutoModelForSequenceClassification
+        model = self._empty(kind, copy.deepcopy(role.model.config))
+        own = {} if isinstance(role, Policy) else {f"{_head_name(role.model)}.weight": role.head.weight}
+        if saves_piecewise(model, self.source, functools.partial(self._added, role), own):
+            return model
+        whole = self._load(half=False)
+        for name, parameter in whole.base_model.named_parameters(prefix=whole.base_model_prefix):
+            parameter.data = self._added(role, name, parameter.data)
+        if isinstance(role, Policy):
+            return whole
+        setattr(model, model.base_model_prefix, whole.base_model)
+        score_head(model).to_empty(device=role.device).weight.data.copy_(role.head.weight)
         return model
 
     @torch.no_grad()
-    def _merged(self, role: Policy | ScoreModel) -> PreTrainedModel:
-        """An ordinary float32 model that computes what backbone and adapter do together; of a role that learns."""
-        whole = self._load()
-        own, trunk = role.model.base_model, whole.base_model
-        for name in _adapters(own):
-            layer = name.removesuffix(".lora_A.default")
-            delta = own.get_submodule(layer).get_delta_weight("default")  # type: ignore[operator]
-            trunk.get_submodule(layer).weight += delta.float()
-        if isinstance(role, Policy):
-            return whole
-        scorer = self._classifier(role.model.config)
-        setattr(scorer, scorer.base_model_prefix, trunk)
-        score_head(scorer).to_empty(device=role.device).float().weight.copy_(role.head.weight)
-        return scorer
+    def _added(self, role: Policy | ScoreModel, name: str, stored: Tensor) -> Tensor:
+        """A tensor of the checkpoint with what the role's adapter adds to it, in float32."""
+        layer, _, last = name.rpartition(".")
+        held = getattr(self.reference.model.get_submodule(layer), last)
+        if not torch.equal(stored.to(held), held):
+            raise TercetError(
+                f"{self.source}: {name} has changed since it was loaded: the adapters belong to what stood there before"
+            )
+        module: Any = role.model.get_submodule(layer)
+        if last != "weight" or not hasattr(module, "lora_A"):
+            return stored.float()
+        return stored.to(held.device, torch.float32) + module.get_delta_weight("default").float()
 
 
 def _sharing(model: Any) -> Any:

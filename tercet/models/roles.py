@@ -16,20 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
 from tercet.models.attention import attention_window, use_packed_attention
 from tercet.models.kernels import fuse_activations, use_fast_products
 from tercet.models.load import embedding_rows
 from tercet.models.packing import Packing
+from tercet.models.precision import round_lookups, round_weights, trunk_matrices
 from tercet.types import Sequences, TercetError
 
 
 class _Role(nn.Module):
     """A Hugging Face model with the precision that it computes in."""
-
-    _rounds_head = False
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype):
         super().__init__()
@@ -37,6 +35,8 @@ class _Role(nn.Module):
         self.compute_dtype = compute_dtype
         self.merge: Callable[[], PreTrainedModel] | None = None  # how an adapter and its backbone become one model
         fuse_activations(self.model)
+        if compute_dtype is torch.bfloat16:
+            round_lookups(self.model)
         with self.autocast():
             self._packs = use_packed_attention(self.model) and _is_indifferent_to_packing(self.model.base_model)
         self._window = attention_window(self.model)
@@ -67,33 +67,22 @@ class _Role(nn.Module):
     def freeze(self) -> None:
         """No gradients, and under bfloat16 no more digits than matrix products take."""
         self.requires_grad_(False).eval()
-        if self.compute_dtype is not torch.bfloat16:
-            return
-        heads: list[Any] = [self.head] if self._rounds_head else []
-        rounded = {id(parameter) for module in (*self._multiplying(), *heads) for parameter in module.parameters()}
-        for parameter in self.parameters():
-            # The others are copied, lest one small tensor keeps the checkpoint's whole file in memory.
-            parameter.data = parameter.data.bfloat16() if id(parameter) in rounded else parameter.data.clone()
-
-    def _multiplying(self) -> list[Any]:
-        """The layers of the trunk that are matrix products."""
-        return [module for module in self.model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        if self.compute_dtype is torch.bfloat16:
+            round_weights(self.model)
 
     def flops(self, tokens: int, head_tokens: int) -> int:
         """Floating-point operations of a forward over `tokens` tokens, `head_tokens` of which reach the head: two for each weight of
         a linear layer and token. Attention's own products, a few per cent on short texts, are left out."""
         head: Any = self.head
-        return 2 * (sum(module.weight.numel() for module in self._multiplying()) * tokens + head.weight.numel() * head_tokens)
+        return 2 * (
+            sum(module.weight.numel() for module in trunk_matrices(self.model)) * tokens + head.weight.numel() * head_tokens
+        )
 
     def full_precision(self) -> PreTrainedModel:
         """The model to be saved, with float32 weights; of a role that learns."""
         if self.merge is not None:
             return self.merge()
         return copy.deepcopy(self.model).float() if self.compute_dtype is torch.float64 else self.model
-
-
-def _rounded(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.bfloat16().float()
 
 
 class Policy(_Role):
@@ -103,12 +92,6 @@ class Policy(_Role):
         super().__init__(model, compute_dtype)
         with self.autocast():
             self.own_logits = not _head_is_plain(model)
-        embedding = model.get_input_embeddings()
-        tied = next(embedding.parameters()) is self.head.weight
-        # An embedding that scales what it looks up (Gemma) would do so in half precision: it keeps its float32.
-        self._rounds_head = not tied or type(embedding) is nn.Embedding
-        if compute_dtype is torch.bfloat16 and tied and self._rounds_head:
-            embedding.register_forward_hook(_rounded)  # whether frozen or not; the sums of the residual stream stay in float32
 
     def forward(
         self, sequences: Sequences, *, temperature: float = 1.0, with_entropy: bool = False

@@ -1,8 +1,7 @@
-"""What a stage is given to run with, and the loop that supervised stages share."""
+"""What a stage is given to run with: its folder, the machine, the ranks, checkpoints and journals, and whether it shall stop."""
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -13,15 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch import nn
-
-from tercet.errors import TercetError
 from tercet.runtime.checkpoint import Checkpoint, Checkpoints, random_state, restore_random_state
 from tercet.runtime.distributed import World
-from tercet.runtime.interrupted import Interrupted
-from tercet.runtime.machine import Machine, release_free_memory
+from tercet.runtime.machine import Machine
 from tercet.runtime.metrics import JsonLines, peak_memory_mb
-from tercet.runtime.optim import Optimizer
 from tercet.runtime.progress import Bar, console
 from tercet.runtime.trackers import Tracker
 
@@ -149,86 +143,3 @@ class StageRun:
         finally:
             for tracker in self._open_trackers:
                 tracker.close()
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a supervised stage takes its optimizer steps."""
-
-    total_steps: int
-    steps_per_epoch: int
-    learning_rate: Callable[[int], float]
-    eval_every: int
-    weight_decay: float
-    max_grad_norm: float
-
-
-def train(
-    run: StageRun,
-    module: nn.Module,
-    schedule: Schedule,
-    compute: Callable[[int], dict[str, float]],
-    evaluate: Callable[[], dict[str, float]],
-    *,
-    also_before: bool = False,
-) -> None:
-    """Take the optimizer steps of a supervised stage, resuming exactly where a checkpoint left off.
-
-    `compute(step)` accumulates the gradients of step (counted from 0) and returns its metrics, "loss" and "tokens" among them;
-    `evaluate()` returns figures on held-out records; `also_before`: the first step's row has them from before it, named ..._before.
-    """
-    optimizer = Optimizer(module, weight_decay=schedule.weight_decay, max_grad_norm=schedule.max_grad_norm, world=run.world)
-    checkpoint = run.resume()
-    start = 0
-    if checkpoint is not None:
-        optimizer.load_weights(checkpoint.tensors["model"])
-        optimizer.load_state(checkpoint.tensors["optimizer"])
-        start = checkpoint.step
-    eval_every = schedule.eval_every or schedule.steps_per_epoch
-    skipped = checkpoint.values["skipped"] if checkpoint else 0
-    release_free_memory()
-    before = {f"{name}_before": value for name, value in evaluate().items()} if also_before and start == 0 else {}
-    module.train()
-    with run.progress(schedule.total_steps, start) as bar:
-        for step in range(start, schedule.total_steps):
-            began = time.perf_counter()
-            metrics = compute(step)
-            rate = schedule.learning_rate(step)
-            norm = optimizer.step(rate)
-            skipped += not math.isfinite(norm)
-            _stop_if_broken(run.name, skipped, metrics["loss"])
-            seconds = time.perf_counter() - began
-            row = {
-                "step": step + 1,
-                "epoch": (step + 1) / schedule.steps_per_epoch,
-                **metrics,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                **(before if step == 0 else {}),
-            }
-            if skipped:
-                row["skipped"] = skipped
-            if (step + 1) % eval_every == 0 or step + 1 == schedule.total_steps:
-                module.eval()
-                row |= evaluate()
-                module.train()
-            run.log(row, {"seconds": seconds, "tokens_per_s": metrics["tokens"] / seconds})
-            bar.advance(
-                **{name: value for name, value in row.items() if name in ("loss", "accuracy", "eval_loss", "eval_accuracy")}
-            )
-            last, stopping = step + 1 == schedule.total_steps, run.world.any(run.interrupt.requested)
-            if run.due(step + 1) or stopping or last:
-                run.save(step + 1, {"skipped": skipped}, {"model": optimizer.weights(), "optimizer": optimizer.state()})
-            if stopping and not last:
-                raise Interrupted
-    module.eval()
-
-
-def _stop_if_broken(stage: str, skipped: int, loss: float) -> None:
-    """A step whose gradient is not finite is skipped and counted; a run of them means that training has broken down."""
-    if skipped >= 10:
-        section = "reward" if stage == "judge" else stage
-        raise TercetError(
-            f"{stage}: {skipped} steps had a gradient that is not finite (last loss {loss}) and were skipped; the last checkpoint is kept. "
-            f"Lower {section}.learning_rate or set machine.dtype: float32"
-        )

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tercet.algo.losses import counted_prompts, normalisation, ranking_loss
-from tercet.algo.schedules import learning_rate
 from tercet.algo.statistics import cluster_interval
 from tercet.config.training import RewardConfig
-from tercet.data.batches import TokenStore, batch_indices, microbatches, microbatches_grouped, steps_per_epoch
+from tercet.data.batches import TokenStore, batch_indices, microbatches, microbatches_grouped
 from tercet.data.template import Template, require_response
 from tercet.models.roles import ScoreModel
-from tercet.runtime.stage import Schedule, StageRun, train
+from tercet.runtime.stage import StageRun
 from tercet.scoring.model import scores_of
+from tercet.stages.supervised import train
 from tercet.types import Comparison, Sequences, TercetError
 
 
@@ -60,18 +60,6 @@ def train_reward_model(
             "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
         )
     lengths = data.store.lengths
-    per_epoch = steps_per_epoch(len(data), config.batch_size)
-    total_steps = config.epochs * per_epoch
-    schedule = Schedule(
-        total_steps=total_steps,
-        steps_per_epoch=per_epoch,
-        learning_rate=lambda step: learning_rate(
-            step, total_steps, config.learning_rate, config.schedule, config.warmup_steps, min_ratio=0.1
-        ),
-        eval_every=config.eval_every,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
 
     def compute(step: int) -> dict[str, float]:
         chosen = batch_indices(len(data), config.batch_size, seed, step).numpy()
@@ -90,7 +78,7 @@ def train_reward_model(
     def evaluate() -> dict[str, float]:
         return _evaluation(run, reward_model, eval_data)
 
-    train(run, reward_model, schedule, compute, evaluate)
+    train(run, reward_model, config, len(data), compute, evaluate)
     pairs = score_pairs(run, reward_model, eval_data)
     figures = {"reward.comparisons": len(data), "reward.truncated": data.truncated / len(data.store)}
     figures |= {f"reward.{name}": value for name, value in evaluate().items()}

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tercet.algo.losses import sft_loss
-from tercet.algo.schedules import learning_rate
 from tercet.config.training import TrainingConfig
-from tercet.data.batches import TokenStore, batch_indices, microbatches, steps_per_epoch
+from tercet.data.batches import TokenStore, batch_indices, microbatches
 from tercet.data.template import Template, require_response
 from tercet.models.roles import Policy
-from tercet.runtime.stage import Schedule, StageRun, train
+from tercet.runtime.stage import StageRun
+from tercet.stages.supervised import train
 from tercet.types import Demonstration, Sequences
 
 
@@ -35,17 +35,6 @@ def train_sft(
     store, truncated = tokenise(train_records, template, run.name, config.max_length)
     eval_store, _ = tokenise(held_out, template, run.name, config.max_length)
     lengths, targets = store.lengths, _targets(store, loss_on)
-    per_epoch = steps_per_epoch(len(store), config.batch_size)
-    schedule = Schedule(
-        total_steps=config.epochs * per_epoch,
-        steps_per_epoch=per_epoch,
-        learning_rate=lambda step: learning_rate(
-            step, config.epochs * per_epoch, config.learning_rate, config.schedule, config.warmup_steps, min_ratio=0.1
-        ),
-        eval_every=config.eval_every,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
 
     def loss(sequences: Sequences, count: int) -> Tensor:
         logprobs, _ = policy(sequences)
@@ -71,7 +60,7 @@ def train_sft(
             total += loss(_scored(eval_store.sequences(own[part]), loss_on).to(policy.device), count).cpu().double()
         return {"eval_loss": run.world.all_sum(total).item()}
 
-    train(run, policy, schedule, compute, evaluate, also_before=run.name == "sft")  # did it make the base model better?
+    train(run, policy, config, len(store), compute, evaluate, also_before=run.name == "sft")  # did it make the base model better?
     figures = {f"{run.name}.records": len(store), f"{run.name}.truncated": truncated / len(store)}
     return figures | {f"{run.name}.{name}": value for name, value in evaluate().items()}
 

@@ -17,9 +17,11 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from tercet.runtime.stage import Schedule, StageRun, train
+from tercet.config.training import TrainingConfig
+from tercet.runtime.stage import StageRun
 from tercet.stages.ppo import train_ppo
 from tercet.stages.rollout import Actors
+from tercet.stages.supervised import train
 from tercet.types import TercetError
 
 
@@ -40,7 +42,7 @@ def supervised(run: StageRun, losses: list[float]) -> Weight:
         loss.backward()
         return {"loss": loss.item(), "tokens": 1}
 
-    train(run, module, Schedule(len(losses), len(losses), lambda step: 0.1, 0, 0.0, 1.0), compute, dict)
+    train(run, module, TrainingConfig(batch_size=1, learning_rate=0.1, schedule="constant"), len(losses), compute, dict)
     return module
 
 

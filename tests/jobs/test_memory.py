@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tercet.algo.products import onednn_computes
 from tercet.config import load_config
-from tercet.jobs.memory import GIB, HEAD_CHUNK, MIB, PROCESS, Load, Shape, _activations, load_of, needs
+from tercet.jobs.memory import ADAPTER_GAPS, GIB, HEAD_CHUNK, MIB, PROCESS, Load, Shape, _activations, load_of, needs
 from tercet.models.roles import Policy
 from tercet.runtime.machine import Machine
 from tercet.types import Sequences
@@ -111,19 +111,30 @@ def test_weights_and_training_state_by_hand() -> None:
     # float32: weights, and for each role that learns two moments; gradients of one role at a time
     assert (wide["sft"].weights, wide["sft"].training) == (4 * p, 12 * p)
     assert (wide["ppo"].weights, wide["ppo"].training) == (2 * 4 * p + 2 * 4 * (p), 2 * 8 * p + 4 * p)
-    assert (wide["evaluate"].training, wide["evaluate"].other) == (0, PROCESS + 4 * p)
+    assert (wide["evaluate"].weights, wide["evaluate"].training, wide["evaluate"].other) == (4 * 4 * p, 0, PROCESS)
     # Logits are kept for each token, and two chunks of them beside; reward models have none.
     assert wide["sft"].working - wide["reward"].working == 4 * (10 * 50_257 + 2 * HEAD_CHUNK)
     half = {need.stage: need for need in needs(shape, Load(torch.bfloat16, None, tokens, tokens, 1, 1))}
     policy = 2 * (shape.linear + shape.head) + 4 * position_and_norms
-    scorer = 2 * shape.linear + 4 * (p - shape.linear)  # the embedding is no head there: it stays in float32
     # What learns holds float32 weights, what is frozen the rounded ones.
     assert (half["sft"].weights, half["sft"].training) == (4 * p, 12 * p)
-    assert (half["ppo"].weights, half["ppo"].training) == (2 * 4 * p + policy + scorer, 2 * 8 * p + 4 * p)
-    assert (half["evaluate"].weights, half["evaluate"].training) == (2 * policy + 2 * scorer, 0)
+    assert (half["ppo"].weights, half["ppo"].training) == (2 * 4 * p + 2 * policy, 2 * 8 * p + 4 * p)
+    assert (half["evaluate"].weights, half["evaluate"].training) == (4 * policy, 0)
     shared = {need.stage: need for need in needs(shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))}
     adapter = 4 * 16 * shape.adapter
     assert (shared["ppo"].weights, shared["ppo"].training) == (policy + 3 * adapter, 2 * 2 * adapter + adapter)
+    assert (
+        shared["ppo"].working
+        == 2 * 4 * shape.head
+        > ADAPTER_GAPS * _activations("ppo", shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))
+    )
+    assert shared["evaluate"].weights == 2 * policy
+    untied = shape_of("Llama-3.1-8B")  # an input embedding of its own beside the output layer, which a scorer lacks
+    frozen = {need.stage: need for need in needs(untied, Load(torch.bfloat16, None, tokens, tokens, 1, 1))}["evaluate"]
+    rest = untied.parameters - untied.linear - 2 * untied.head
+    assert frozen.weights == 2 * (2 * (untied.linear + 2 * untied.head) + 4 * rest) + 2 * (
+        2 * (untied.linear + untied.head) + 4 * rest
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])

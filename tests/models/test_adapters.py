@@ -20,7 +20,7 @@ SOME = pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "llama_unt
 
 
 def backbone_of(architecture: str, dtype: torch.dtype = torch.float64, rank: int = 2) -> Backbone:
-    return Backbone("some/base", lambda: causal_lm(architecture), dtype, Rank(rank, 6))
+    return Backbone("some/base", lambda half: causal_lm(architecture), dtype, Rank(rank, 6))
 
 
 def move(role: Policy | ScoreModel) -> None:
@@ -128,7 +128,7 @@ def test_a_repositorys_own_code_is_run_only_where_it_is_trusted(trusted: bool, m
         return build(config, **options)
 
     monkeypatch.setattr(adapters.AutoModelForSequenceClassification, "from_config", watched)
-    backbone = Backbone("some/base", lambda: causal_lm("gpt2"), torch.float64, Rank(2, 6), trust_remote_code=trusted)
+    backbone = Backbone("some/base", lambda half: causal_lm("gpt2"), torch.float64, Rank(2, 6), trust_remote_code=trusted)
     scorer = backbone.scorer(seed=0)
     assert scorer.merge is not None and scorer.merge() is not None
     assert asked == [trusted, trusted]

@@ -14,7 +14,8 @@ import torch
 from tercet.runtime import stage as module
 from tercet.runtime.checkpoint import random_state
 from tercet.runtime.distributed import World
-from tercet.runtime.stage import StageRun, _stop_if_broken
+from tercet.runtime.stage import StageRun
+from tercet.stages.supervised import _stop_if_broken
 from tercet.types import TercetError
 
 

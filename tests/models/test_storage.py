@@ -1,0 +1,158 @@
+"""Checkpoints tensor by tensor: merged adapters written piece by piece, and half precision read as it is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import SHAPES, bpe_tokenizer, causal_lm, ragged, write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tercet.models import adapters, storage
+from tercet.models.adapters import Backbone, Rank
+from tercet.models.load import load_causal_lm, load_classifier, save_classifier, save_policy
+from tercet.models.precision import round_weights
+from tercet.models.roles import Policy, ScoreModel
+from tercet.models.storage import stored_in_bfloat16, stored_tensors
+from tercet.types import TercetError
+
+NAMED = pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "llama_untied", "qwen3", "opt"])
+
+
+def backbone_of(source: str, dtype: torch.dtype = torch.float32) -> Backbone:
+    return Backbone(source, lambda half: load_causal_lm(source, half=half), dtype, Rank(2, 6))
+
+
+def moved(role: Any) -> Any:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in role.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return role
+
+
+def save(role: Policy | ScoreModel, folder: Path) -> dict[str, torch.Tensor]:
+    """What its merged checkpoint holds."""
+    if isinstance(role, Policy):
+        save_policy(role.full_precision(), bpe_tokenizer(), folder, temperature=1.0, stop_ids=[0], card="")
+    else:
+        save_classifier(role.full_precision(), bpe_tokenizer(), folder, card="")
+    return load_file(folder / "model.safetensors")
+
+
+@NAMED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_piece_by_piece_it_is_what_the_whole_model_would_be(
+    architecture: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = backbone_of(write_checkpoint(tmp_path / "base", causal_lm(architecture)), dtype)
+    roles = [moved(backbone.policy(seed=0)), moved(backbone.scorer(seed=1))]
+    assert all(next(role.full_precision().parameters()).is_meta for role in roles)
+    pieces = [save(role, tmp_path / f"pieces{place}") for place, role in enumerate(roles)]
+    monkeypatch.setattr(adapters, "saves_piecewise", lambda *arguments: False)
+    assert not any(parameter.is_meta for role in roles for parameter in role.full_precision().parameters())
+    wholes = [save(role, tmp_path / f"wholes{place}") for place, role in enumerate(roles)]
+    for own, wanted in zip(pieces, wholes):
+        assert own.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            rows = len(tensor) - (len(tensor) == 289)  # the pad token's row is random there, and never read
+            assert own[name].dtype is torch.float32 and own[name].shape == tensor.shape
+            assert torch.equal(own[name][:rows], tensor[:rows]), name
+    for place, kind in enumerate((AutoModelForCausalLM, AutoModelForSequenceClassification)):
+        configs = [json.loads((tmp_path / f"{way}{place}/config.json").read_text()) for way in ("pieces", "wholes")]
+        assert configs[0] == configs[1]
+        model = kind.from_pretrained(tmp_path / f"pieces{place}")
+        assert model.dtype is torch.float32
+
+
+def test_a_base_models_checkpoint_has_names_without_the_prefix(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "base", causal_lm("gpt2"))
+    stored = load_file(tmp_path / "base/model.safetensors")
+    save_file(
+        {k.removeprefix("transformer."): v for k, v in stored.items()}, tmp_path / "base/model.safetensors", {"format": "pt"}
+    )
+    policy, sequences = moved(backbone_of(source).policy(seed=0)), ragged(SHAPES)
+    assert save(policy, tmp_path / "out").keys() == stored.keys()
+    with torch.no_grad():
+        assert torch.allclose(Policy(load_causal_lm(str(tmp_path / "out")))(sequences)[0], policy(sequences)[0], atol=1e-4)
+
+
+def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "base", causal_lm("llama_untied"))
+    single = load_file(tmp_path / "base/model.safetensors")
+    load_causal_lm(source).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    (tmp_path / "base/model.safetensors").unlink(missing_ok=True)
+    assert len(set(stored_tensors(source).values())) > 2 and stored_tensors(source).keys() == single.keys()
+    found = save(backbone_of(source).policy(seed=0), tmp_path / "out")
+    assert found.keys() == single.keys() and all(torch.equal(found[name], tensor) for name, tensor in single.items())
+
+
+def test_under_other_names_the_whole_model_is_put_together(tmp_path: Path) -> None:
+    """As of mixtures of experts, which transformers reorders when it loads them."""
+    source = write_checkpoint(tmp_path / "base", causal_lm("llama_tied"))
+    backbone = backbone_of(source)
+    stored = load_file(tmp_path / "base/model.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in stored.items()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    backbone._load = lambda half: causal_lm("llama_tied")
+    assert not any(parameter.is_meta for parameter in backbone.policy(seed=0).full_precision().parameters())
+
+
+def test_a_checkpoint_that_has_changed_meanwhile_is_not_merged(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "base", causal_lm("gpt2"))
+    policy = backbone_of(source).policy(seed=0)
+    stored = {name: tensor.clone() for name, tensor in load_file(tmp_path / "base/model.safetensors").items()}
+    stored["transformer.h.1.mlp.c_proj.weight"][3, 4] += 1.0
+    (tmp_path / "base/model.safetensors").unlink()
+    save_file(stored, tmp_path / "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(TercetError, match=r"base: transformer\.h\.1\.mlp\.c_proj\.weight has changed since it was loaded"):
+        save(policy, tmp_path / "out")
+
+
+def test_one_tensor_at_a_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read when the one before it has been written."""
+    policy = moved(backbone_of(write_checkpoint(tmp_path / "base", causal_lm("gpt2"))).policy(seed=0))
+    sizes, read = [], storage._tensor
+
+    def watched(path: Path, name: str) -> torch.Tensor:
+        file = tmp_path / "out/model.safetensors"
+        sizes.append(file.stat().st_size if file.exists() else 0)
+        return read(path, name)
+
+    monkeypatch.setattr(storage, "_tensor", watched)
+    found = save(policy, tmp_path / "out")
+    assert len(sizes) == len(found) and sizes == sorted(set(sizes))
+
+
+@NAMED
+def test_half_is_what_freezing_leaves(architecture: str, tmp_path: Path) -> None:
+    """Of a checkpoint in float32, and of one in bfloat16, which is never made float32."""
+    source = write_checkpoint(tmp_path / "wide", causal_lm(architecture))
+    for folder, narrow in ((source, False), (str(tmp_path / "narrow"), True)):
+        if narrow:
+            load_causal_lm(source).bfloat16().save_pretrained(folder)
+        assert stored_in_bfloat16(folder) is narrow
+        for load, kind in ((load_causal_lm, Policy), (lambda f, **o: load_classifier(f, num_labels=1, **o), ScoreModel)):
+            torch.manual_seed(0)  # a new head's
+            wanted = kind(load(folder), torch.bfloat16)
+            torch.manual_seed(0)
+            found = kind(load(folder, half=True), torch.bfloat16)
+            wanted.freeze()
+            for (name, own), other in zip(found.named_parameters(), wanted.parameters()):
+                assert own.dtype is other.dtype, name
+                assert torch.equal(own, other) or "score" in name, name
+    assert not stored_in_bfloat16(str(tmp_path / "nowhere"))
+
+
+def test_norms_and_scaled_embeddings_stay_wide(tmp_path: Path) -> None:
+    for architecture, embedding in (("llama_untied", torch.bfloat16), ("gemma2", torch.float32)):
+        model = causal_lm(architecture)
+        round_weights(model)
+        kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        assert {dtype for name, dtype in kinds.items() if "norm" in name} == {torch.float32}
+        assert {dtype for name, dtype in kinds.items() if "proj" in name} == {torch.bfloat16}
+        assert kinds["model.embed_tokens.weight"] is embedding
