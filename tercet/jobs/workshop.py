@@ -34,7 +34,7 @@ from tercet.models.load import (
 from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.distributed import World
 from tercet.runtime.files import folder_beside, replace_folder
-from tercet.runtime.machine import Machine, release_free_memory
+from tercet.runtime.machine import Machine
 from tercet.runtime.progress import console
 from tercet.runtime.stage import Interrupt, StageRun, Watch
 from tercet.scoring.base import Scorer, WeightedSum
@@ -206,7 +206,6 @@ class Workshop:
 
     def write_model(self, final: Path, save: Any) -> None:
         """Let the first rank write a checkpoint beside its place, then put it there whole."""
-        release_free_memory()  # of activations: a merged adapter is a whole model more
         if self.world.is_main:
             temporary = folder_beside(final)
             save(temporary)

@@ -131,8 +131,9 @@ class Backbone:
 
     def _empty(self, kind: Any, config: Any) -> PreTrainedModel:
         """A model that has no memory of its own yet."""
+        trust = self._trust
         with torch.device("meta"):
-            model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, trust_remote_code=self._trust)
+            model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust)
         return model.eval()
 
     def _merged(self, role: Policy | ScoreModel) -> PreTrainedModel:

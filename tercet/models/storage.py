@@ -71,8 +71,7 @@ def saves_piecewise(
         key, path = places[name]
         return finish(name, _tensor(path, key))
 
-    saving: Any = functools.partial(_save, model, read)
-    model.save_pretrained = saving
+    model.__dict__["save_pretrained"] = functools.partial(_save, model, read)
     return True
 
 

@@ -36,9 +36,9 @@ CALLED = {
 # Files in which a section arrives under the bare name `config`.
 BARE = {
     "Config": {"jobs", "pipeline.py", "sampler.py", "quickstart.py", "doctor.py"},
-    "PretrainConfig": {"stages/sft.py"},
-    "SFTConfig": {"stages/sft.py"},
-    "RewardConfig": {"stages/reward.py"},
+    "PretrainConfig": {"stages/sft.py", "stages/supervised.py"},
+    "SFTConfig": {"stages/sft.py", "stages/supervised.py"},
+    "RewardConfig": {"stages/reward.py", "stages/supervised.py"},
     "PPOConfig": {"stages/ppo.py", "stages/rollout.py", "stages/update.py", "jobs"},
     "KLConfig": {"stages/ppo.py"},
 }

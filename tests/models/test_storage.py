@@ -146,6 +146,9 @@ def test_half_is_what_freezing_leaves(architecture: str, tmp_path: Path) -> None
                 assert own.dtype is other.dtype, name
                 assert torch.equal(own, other) or "score" in name, name
     assert not stored_in_bfloat16(str(tmp_path / "nowhere"))
+    mixed = {f"w{i}": torch.ones(2, dtype=dtype) for i, dtype in enumerate((torch.bfloat16, torch.float32))}
+    save_file(mixed, tmp_path / "narrow/model.safetensors", {"format": "pt"})
+    assert not stored_in_bfloat16(str(tmp_path / "narrow"))
 
 
 def test_norms_and_scaled_embeddings_stay_wide(tmp_path: Path) -> None:

@@ -619,8 +619,11 @@ KERNELS: list[Row] = [
 ]
 
 ROLES: list[Row] = [
-    ("a policy that learns looks up numbers that a frozen one rounds", "tied and self._rounds_head:", "False:"),
-    ("an embedding scales in half precision", "not tied or type(embedding) is nn.Embedding", "True"),
+    (
+        "a policy that learns looks up numbers that a frozen one rounds",
+        "            round_lookups(self.model)\n",
+        "            pass\n",
+    ),
     ("the reference is not frozen", "self.requires_grad_(False).eval()", "self.eval()"),
     ("the reference stays in training mode", "self.requires_grad_(False).eval()", "self.requires_grad_(False).train()"),
     ("the score is read at the row's width", "self._score(last_states(hidden, sequences.lengths))", "self._score(hidden[:, -1])"),
@@ -645,6 +648,29 @@ ROLES: list[Row] = [
     ("a new value model does not start at 0", "head.weight.zero_()", "head.weight.fill_(0.1)"),
     ("encoders pass as reward models", "        _check_score(model, self.head)\n", ""),
     ("a value model of several labels passes", "if head.out_features != 1:", "if head.out_features < 1:"),
+]
+
+PRECISION: list[Row] = [
+    ("an embedding scales in half precision", "return type(embedding) is nn.Embedding", "return True"),
+    ("norms are rounded too", "if id(parameter) in rounded else", "if True else"),
+    ("the output layer is not rounded", "*([] if head is None else [head])", "*[]"),
+]
+
+STORAGE: list[Row] = [
+    ("a checkpoint some of which is wider is read in half precision", 'return found == {"BF16"}', 'return "BF16" in found'),
+    ("a base model's names are not found", "name.removeprefix(prefix)", "name"),
+    ("rows that are not there move what follows", "file.write(bytes(4 * missing))", "pass"),
+    (
+        "a checkpoint in several files has only one",
+        "for name, file in files.items() if",
+        "for name, file in list(files.items())[:1] if",
+    ),
+]
+
+MERGING: list[Row] = [
+    ("what the adapter adds is left out", ' + module.get_delta_weight("default").float()', ""),
+    ("a checkpoint that has changed is merged", "if not torch.equal(stored.to(held), held):", "if False:"),
+    ("the head that was learned is not saved", 'f"{_head_name(role.model)}.weight": role.head.weight}', "}"),
 ]
 
 LOAD: list[Row] = [
@@ -888,6 +914,9 @@ MUTANTS: list[Mutant] = [
         [("tied tensors are saved as one", "value.clone() if memory.data_ptr() in taken or", "value.clone() if")],
     ),
     *_of("models/roles.py", "models/test_roles.py", ROLES),
+    *_of("models/precision.py", "models/test_roles.py models/test_storage.py", PRECISION),
+    *_of("models/storage.py", "models/test_storage.py", STORAGE),
+    *_of("models/adapters.py", "models/test_storage.py", MERGING),
     *_of("runtime/machine.py", "runtime/test_machine_and_world.py", MACHINE),
     *_of("models/load.py", "models/test_load.py", LOAD),
     *_of("scoring/model.py", "scoring/test_model.py", CLASSIFIER),
