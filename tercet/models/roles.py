@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
 from tercet.models.attention import attention_window, use_packed_attention
+from tercet.models.fused import fuse_gates, fuse_norms
 from tercet.models.kernels import fuse_activations, use_fast_products
 from tercet.models.load import embedding_rows
 from tercet.models.packing import Packing
@@ -38,6 +39,9 @@ class _Role(nn.Module):
         if compute_dtype is torch.bfloat16:
             round_lookups(self.model)
         with self.autocast():
+            if self.model.device.type == "cpu":
+                fuse_norms(self.model.base_model)
+                fuse_gates(self.model.base_model)
             self._packs = use_packed_attention(self.model) and _is_indifferent_to_packing(self.model.base_model)
         self._window = attention_window(self.model)
         if self.model.device.type == "cpu":

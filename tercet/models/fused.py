@@ -1,0 +1,182 @@
+"""RMSNorm and gated feed-forwards, as most models after GPT-2 have them, each in few passes over memory.
+
+transformers writes both as operations on whole tensors: a norm is six of them forward and some fourteen backward, and every linear layer
+behind it rounds its output for itself. A swap is made where a module gives the same numbers as the formula here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import SiLUActivation
+from transformers.pytorch_utils import Conv1D
+
+from tercet.algo.products import product_dtype
+
+
+def fuse_norms(trunk: Any) -> None:
+    """Let a trunk's RMSNorms compute by `_RMSNorm`, and round at once where linear layers alone take what they give."""
+    norms = [module for module in trunk.modules() if isinstance(module, _FusedNorm) or _is_rms_norm(module)]
+    for norm in norms:
+        norm.__class__ = _with(_FusedNorm, type(norm))
+    if norms:
+        with contextlib.suppress(TypeError, ValueError):  # a trunk that cannot be asked for what it does with a norm's output
+            for norm in _feeding_products(trunk, norms):
+                norm.feeds_products = True
+
+
+def fuse_gates(trunk: nn.Module) -> None:
+    """Let a trunk's feed-forwards of the kind down(silu(gate(x)) * up(x)) keep one tensor less for the backward pass."""
+    for module in trunk.modules():
+        if _is_gated(module):
+            module.__class__ = _with(_FusedGate, type(module))
+
+
+@functools.cache
+def _with(fused: type, kind: type) -> type:
+    """The class with another forward."""
+    return kind if issubclass(kind, fused) else type(kind.__name__, (fused, kind), {})
+
+
+class _FusedNorm(nn.Module):
+    weight: Tensor
+    variance_epsilon: float
+    feeds_products = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not self.weight.dtype or x.device.type != "cpu":
+            unlike: Tensor = super().forward(x)
+            return unlike
+        dtype = product_dtype(self.weight) if self.feeds_products else x.dtype
+        if torch.is_grad_enabled():
+            normalised: Tensor = _RMSNorm.apply(x, self.weight, self.variance_epsilon, dtype)
+            return normalised
+        return _normalised(x, self.weight, self.variance_epsilon)[0].to(dtype)
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, and the factor of each row."""
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`_normalised`, in `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        normalised, scale = _normalised(x, weight, eps)
+        ctx.save_for_backward(x, scale, weight)
+        return normalised.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        slope, unit = gradients[0].to(x.dtype), x * scale
+        product = slope * unit
+        rows = product.reshape(-1, x.shape[-1])
+        along = torch.mv(rows, weight).div_(-x.shape[-1]).view(scale.shape)
+        for_x = (slope * weight).addcmul_(unit, along).mul_(scale)
+        return for_x, rows.sum(0) if ctx.needs_input_grad[1] else None, None, None
+
+
+class _FusedGate(nn.Module):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        gated = _Gate.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
+        product: Tensor = self.down_proj(gated)
+        return product
+
+
+class _Gate(torch.autograd.Function):
+    """silu(gate) * up"""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        for_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
+        return for_gate, F.silu(gate).mul_(gradients[0])
+
+
+@torch.no_grad()
+def _is_rms_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon") or weight is None:
+        return False
+    probe = torch.linspace(-1.0, 2.0, 3 * len(weight), dtype=weight.dtype, device=weight.device).view(3, -1)
+    unit = probe * (probe.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+    return torch.allclose(module(probe), weight * unit, rtol=1e-5)
+
+
+@torch.no_grad()
+def _is_gated(module: Any) -> bool:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, nn.Linear) for part in parts) or type(getattr(module, "act_fn", None)) not in _SILU:
+        return False
+    gate, up, down = (part for part in parts if part is not None)
+    probe = torch.linspace(-1.0, 2.0, 2 * gate.in_features, dtype=gate.weight.dtype, device=gate.weight.device).view(2, -1)
+    return torch.equal(module(probe), down(F.silu(gate(probe)) * up(probe)))
+
+
+_SILU = (nn.SiLU, SiLUActivation)
+
+
+def _feeding_products(trunk: Any, norms: list[Any]) -> Iterator[Any]:
+    """The norms whose output goes into linear layers and nowhere else: as seen in the graph of a few tokens."""
+    given: dict[int, tuple[Any, Tensor]] = {}
+    taken: dict[int, int] = {}
+    handles = [
+        norm.register_forward_hook(lambda module, inputs, output: given.update({id(output): (module, output)})) for norm in norms
+    ]
+
+    def count(module: Any, inputs: tuple[Any, ...]) -> None:
+        key = id(inputs[0])
+        if key in given:  # and so alive: nothing else has its id
+            taken[key] = taken.get(key, 0) + 1
+
+    for linear in _linear_layers(trunk):
+        handles.append(linear.register_forward_pre_hook(count))
+    width = trunk.get_input_embeddings().weight.shape[1]
+    weight = next(trunk.parameters())
+    probe = torch.linspace(-1.0, 1.0, 3 * width, device=weight.device, dtype=norms[0].weight.dtype)
+    with torch.enable_grad():
+        states = trunk(inputs_embeds=probe.view(1, 3, width).requires_grad_(), use_cache=False).last_hidden_state
+    for handle in handles:
+        handle.remove()
+    edges: dict[Any, int] = {}
+    seen, waiting = set(), [states.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            edges[following] = edges.get(following, 0) + 1
+            waiting.append(following)
+    for key, (norm, output) in given.items():
+        if taken.get(key, 0) == edges.get(output.grad_fn, 0) > 0:
+            yield norm
+
+
+def _linear_layers(trunk: nn.Module) -> Iterator[nn.Module]:
+    """With an adapter as one layer, whatever it is made of."""
+    adapted = [name for name, module in trunk.named_modules() if hasattr(module, "lora_A")]
+    for name, module in trunk.named_modules():
+        inside = any(name.startswith(f"{layer}.") for layer in adapted)
+        if not inside and (isinstance(module, nn.Linear | Conv1D) or hasattr(module, "lora_A")):
+            yield module
