@@ -160,19 +160,17 @@ def _frozen(shape: Shape, dtype: torch.dtype, *, head: bool) -> int:
 def _activations(stage: str, shape: Shape, load: Load) -> int:
     """What a forward pass keeps for the backward pass, with the logits of a head that learns, and a chunk of logits with its gradients.
 
-    By layer and token: the residual stream and what the norms keep; queries, keys and values (rotated ones in float32 also under
-    bfloat16) and attention's weights, or of longer texts what the fused kernel keeps (models/attention.py); the inputs of linear layers
-    (each has its own half precision copy), the feed-forward's insides.
+    By layer and token: the residual stream, which the norms keep; queries, keys and values (rotated ones in float32 also under
+    bfloat16) and attention's weights, or of longer texts what the fused kernel keeps (models/attention.py); the inputs of linear layers;
+    the feed-forward's insides. (Gated models whose norms models/fused.py leaves alone, such as Gemma, keep more.)
     """
     wide, narrow = _wide(load.dtype), _narrow(load.dtype)
-    norms = (4 if shape.gated else 2) * shape.width
     if keeps_weights(load.longest[stage], load.dtype):
         rotated = shape.query + shape.key_value // 2 if shape.gated else 0
         attention = wide * rotated + narrow * (shape.query + shape.key_value - rotated + shape.heads * load.longest[stage])
     else:
         attention = wide * (2 * shape.query + shape.key_value)
-    copies = 6 if shape.gated and narrow < wide else 3
-    layer = wide * norms + attention + narrow * (copies * shape.width + (4 if shape.gated else 2) * shape.inner)
+    layer = wide * 2 * shape.width + attention + narrow * (3 * shape.width + (3 if shape.gated else 2) * shape.inner)
     kept = load.tokens[stage] * (layer + shape.layers * wide * shape.width if load.recompute else shape.layers * layer)
     if stage == "reward":
         return kept

@@ -50,7 +50,7 @@ class _FusedNorm(nn.Module):
     feeds_products = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is not self.weight.dtype or x.device.type != "cpu":
+        if not x.dtype is self.weight.dtype is torch.float32:  # in float64 transformers' own computes in float32 all the same
             unlike: Tensor = super().forward(x)
             return unlike
         dtype = product_dtype(self.weight) if self.feeds_products else x.dtype
