@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tercet.config import Config
 from tercet.models.attention import keeps_weights
+from tercet.models.kernels import MOST_PACKED
 from tercet.runtime.machine import Machine
 
 MIB, GIB = 2**20, 2**30
@@ -125,8 +126,7 @@ def _need(stage: str, shape: Shape, load: Load) -> Need:
     frozen = {"ppo": 1, "evaluate": 2}.get(stage, 0)  # policies, and as many scorers
     trained = {"ppo": 2, "evaluate": 0}.get(stage, 1)
     working = _activations(stage, shape, load) if trained else 0
-    if stage in ("reward", "ppo", "evaluate"):
-        working = max(working, _sampling(shape, load))
+    sampling = _sampling(shape, load) if stage in ("reward", "ppo", "evaluate") else 0
     if adapter is None:
         learned = _wide(load.dtype) * shape.parameters
         weights = frozen * (_frozen(shape, load.dtype, head=True) + _frozen(shape, load.dtype, head=False)) + trained * learned
@@ -136,9 +136,10 @@ def _need(stage: str, shape: Shape, load: Load) -> Need:
         weights = max(1, frozen) * _frozen(shape, load.dtype, head=True) + (trained + (stage == "ppo")) * learned
         # At the stage's end a merged model is written one tensor at a time; the embedding is the largest.
         working = max(int(ADAPTER_GAPS * working), 2 * 4 * shape.head)
+        sampling += _packed(shape, load.dtype)
     # Gradients of one role are in memory at a time; two moments for each role that learns.
     training = trained * 2 * learned + (learned if trained else 0)
-    return Need(stage, weights, training, working, PROCESS)
+    return Need(stage, weights, training, max(working, sampling), PROCESS)
 
 
 def _wide(dtype: torch.dtype) -> int:
@@ -182,6 +183,13 @@ def _sampling(shape: Shape, load: Load) -> int:
     """The key-value cache of a rollout batch (keys in float32 or wider, but with AMX), and one step's logits with their exponentials."""
     cache = load.rows * load.row_tokens * shape.layers * shape.key_value * (_wide(load.dtype) + _narrow(load.dtype)) // 2
     return cache + load.rows * shape.vocabulary * 4 * _wide(load.dtype)
+
+
+def _packed(shape: Shape, dtype: torch.dtype) -> int:
+    """The copies of frozen weights that sampling multiplies by, and of the output layer. (Of a policy that learns whole they take less
+    than its gradients, which are not there while it is sampled.)"""
+    copies = _narrow(dtype) * shape.linear
+    return (copies if copies <= MOST_PACKED else 0) + _narrow(dtype) * shape.head
 
 
 def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest_prompt: int) -> Load:

@@ -24,7 +24,7 @@ def fuse_norms(trunk: Any) -> None:
     """Let a trunk's RMSNorms compute by `_RMSNorm`, and round at once where linear layers alone take what they give."""
     norms = [module for module in trunk.modules() if isinstance(module, _FusedNorm) or _is_rms_norm(module)]
     for norm in norms:
-        norm.__class__ = _with(_FusedNorm, type(norm))
+        _swap(norm, _FusedNorm)
     if norms:
         with contextlib.suppress(TypeError, ValueError):  # a trunk that cannot be asked for what it does with a norm's output
             for norm in _feeding_products(trunk, norms):
@@ -35,13 +35,18 @@ def fuse_gates(trunk: nn.Module) -> None:
     """Let a trunk's feed-forwards of the kind down(silu(gate(x)) * up(x)) keep one tensor less for the backward pass."""
     for module in trunk.modules():
         if _is_gated(module):
-            module.__class__ = _with(_FusedGate, type(module))
+            _swap(module, _FusedGate)
+
+
+def _swap(module: Any, fused: Any) -> None:
+    """Give the module's class another forward."""
+    if not isinstance(module, fused):
+        module.__class__ = _with(fused, type(module))
 
 
 @functools.cache
-def _with(fused: type, kind: type) -> type:
-    """The class with another forward."""
-    return kind if issubclass(kind, fused) else type(kind.__name__, (fused, kind), {})
+def _with(fused: Any, kind: Any) -> Any:
+    return type(kind.__name__, (fused, kind), {})
 
 
 class _FusedNorm(nn.Module):

@@ -129,6 +129,13 @@ def test_weights_and_training_state_by_hand() -> None:
         > ADAPTER_GAPS * _activations("ppo", shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))
     )
     assert shared["evaluate"].weights == 2 * policy
+    # Sampling multiplies by copies of the frozen weights, where they are small, and of the output layer.
+    rows = Load(torch.bfloat16, 16, tokens, tokens, 1000, 600)
+    cache = 1000 * 600 * 12 * 2 * 768 * (4 + 2) // 2 + 1000 * 50_257 * 4 * 4
+    small, large = ({need.stage: need for need in needs(shape_of(name), rows)}["ppo"] for name in ("GPT-2", "Llama-3.1-8B"))
+    assert small.working == cache + 2 * (shape.linear + shape.head)
+    large_cache = 1000 * 600 * 32 * 2 * 8 * 128 * (4 + 2) // 2 + 1000 * 128_256 * 4 * 4
+    assert large.working == large_cache + 2 * 4_096 * 128_256
     untied = shape_of("Llama-3.1-8B")  # an input embedding of its own beside the output layer, which a scorer lacks
     frozen = {need.stage: need for need in needs(untied, Load(torch.bfloat16, None, tokens, tokens, 1, 1))}["evaluate"]
     rest = untied.parameters - untied.linear - 2 * untied.head

@@ -80,6 +80,27 @@ def test_what_is_swapped(architecture: str) -> None:
     assert sum(isinstance(module, _FusedGate) for module in policy.modules()) == (2 if architecture in GATES else 0)
 
 
+class OtherRMSNorm(LlamaRMSNorm):
+    """As Gemma has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised: Tensor = super().forward(x)
+        return normalised + normalised / self.weight
+
+
+class OtherMLP(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) + 1)
+        return product
+
+
+def test_modules_of_another_formula_are_left_alone() -> None:
+    mlp, norm = OtherMLP(causal_lm("llama_tied").config), nn.Sequential(OtherRMSNorm(8))
+    fuse_gates(mlp)
+    fuse_norms(norm)
+    assert type(mlp) is OtherMLP and type(norm[0]) is OtherRMSNorm
+
+
 class Trunk(nn.Module):
     """A norm whose output goes into a product and, if `also`, into the sum of the residual stream."""
 

@@ -299,3 +299,22 @@ def test_adapters_of_packed_weights_are_packed_with_them():
             torch.testing.assert_close(model(x), plain, rtol=0.02, atol=0.05)
         assert [vars(layer)["forward"] for layer in model] == own
         assert torch.equal(model(x), plain)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_frozen_weights_are_copied_only_up_to_a_limit(monkeypatch: pytest.MonkeyPatch):
+    """All of them or none; those that learn have to be rounded anyway, and the head loses what its rows have in common."""
+    model, head = layers(), nn.Linear(8, 5, dtype=torch.bfloat16)
+    size = sum(layer.weight.nbytes for layer in model)
+    for limit, packed in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(kernels, "MOST_PACKED", limit)
+        with torch.no_grad(), packed_weights(nn.Sequential(*model, head), 3, torch.bfloat16, head):
+            assert ["forward" in vars(layer) for layer in (*model, head)] == [packed] * len(model) + [True]
+    monkeypatch.setattr(kernels, "MOST_PACKED", 0)
+    learning, frozen = layers().float(), adapted(fast=True)
+    for name, parameter in frozen.named_parameters():
+        parameter.data = parameter.data.float() if "lora" in name else parameter.data.bfloat16()
+    own = [vars(layer)["forward"] for layer in frozen]
+    with torch.no_grad(), packed_weights(learning, 3, torch.bfloat16), packed_weights(frozen, 3, torch.bfloat16):
+        assert all("forward" in vars(layer) for layer in learning)
+        assert [vars(layer)["forward"] for layer in frozen] == own

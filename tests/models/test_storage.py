@@ -77,6 +77,7 @@ def test_a_base_models_checkpoint_has_names_without_the_prefix(tmp_path: Path) -
         {k.removeprefix("transformer."): v for k, v in stored.items()}, tmp_path / "base/model.safetensors", {"format": "pt"}
     )
     policy, sequences = moved(backbone_of(source).policy(seed=0)), ragged(SHAPES)
+    assert next(policy.full_precision().parameters()).is_meta
     assert save(policy, tmp_path / "out").keys() == stored.keys()
     with torch.no_grad():
         assert torch.allclose(Policy(load_causal_lm(str(tmp_path / "out")))(sequences)[0], policy(sequences)[0], atol=1e-4)

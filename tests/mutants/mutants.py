@@ -615,6 +615,8 @@ KERNELS: list[Row] = [
     ("nothing flows back through adapters", "None).addmm_(for_low, down.to(low.dtype))", "None)"),
     ("adapters are not sampled", "product.add_(up(down(x)), alpha=scale)", "product"),
     ("adapters are sampled without the scale", "product.add_(up(down(x)), alpha=scale)", "product.add_(up(down(x)))"),
+    ("frozen weights are copied whatever their size", "for layer in frozen) > MOST_PACKED:", "for layer in frozen) < 0:"),
+    ("adapters of what is not copied are copied", "_has_adapter(module) and module.base_layer in layers", "_has_adapter(module)"),
     ("adapters are gone after sampling", "if forward is not None:", "if forward is None:"),
 ]
 
@@ -689,6 +691,15 @@ LOAD: list[Row] = [
         "sorted({tokenizer.eos_token_id, *",
     ),
     ("a special token without a role is text", "if token.special}", "if not token.special}"),
+]
+
+FUSED: list[Row] = [
+    ("a norm's gradient misses the row's own scale", ".addcmul_(unit, along)", ""),
+    ("a norm's weight learns from its output", "rows.sum(0) if ctx", "slope.reshape(rows.shape).sum(0) if ctx"),
+    ("a gate's up learns without the activation", "F.silu(gate).mul_(gradients[0])", "gradients[0].clone()"),
+    ("a norm rounds for the residual stream", "edges.get(output.grad_fn, 0) > 0:", "taken.get(key, 0) > 0:"),
+    ("norms of other formulas are taken", "return torch.allclose(module(probe), weight * unit, rtol=1e-5)", "return True"),
+    ("gates of other formulas are taken", "return torch.equal(module(probe), down(", "return bool(down("),
 ]
 
 MACHINE: list[Row] = [
@@ -914,6 +925,7 @@ MUTANTS: list[Mutant] = [
         [("tied tensors are saved as one", "value.clone() if memory.data_ptr() in taken or", "value.clone() if")],
     ),
     *_of("models/roles.py", "models/test_roles.py", ROLES),
+    *_of("models/fused.py", "models/test_fused.py", FUSED),
     *_of("models/precision.py", "models/test_roles.py models/test_storage.py", PRECISION),
     *_of("models/storage.py", "models/test_storage.py", STORAGE),
     *_of("models/adapters.py", "models/test_storage.py", MERGING),
