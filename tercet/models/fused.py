@@ -40,8 +40,9 @@ def fuse_gates(trunk: nn.Module) -> None:
 
 def _swap(module: Any, fused: Any) -> None:
     """Give the module's class another forward."""
-    if not isinstance(module, fused):
-        module.__class__ = _with(fused, type(module))
+    kind: Any = type(module)
+    if not issubclass(kind, fused):
+        module.__class__ = _with(fused, kind)
 
 
 @functools.cache

@@ -39,8 +39,9 @@ def few(clinic: Any, count: int) -> dict[str, Any]:
 
 
 def broken_sft(clinic: Any, **changes: Any) -> dict[str, Any]:
-    """A break in SFT or before; of what comes after it no more than a report needs."""
-    return {"data": few(clinic, 400), "reward": {"judge": False}, "ppo": BRIEF, **changes}
+    """A break in SFT or before; of what comes after it, and of a pretraining that is made anew, no more than a report needs."""
+    pretrain = clinic.write("1500-pretrain", clinic.records("pretrain")[:1500])
+    return {"data": few(clinic, 400) | {"pretrain": pretrain}, "reward": {"judge": False}, "ppo": BRIEF, **changes}
 
 
 def shuffled(clinic: Any, name: str) -> str:
