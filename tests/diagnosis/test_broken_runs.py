@@ -39,9 +39,8 @@ def few(clinic: Any, count: int) -> dict[str, Any]:
 
 
 def broken_sft(clinic: Any, **changes: Any) -> dict[str, Any]:
-    """A break in SFT or before; of what comes after it, and of a pretraining that is made anew, no more than a report needs."""
-    pretrain = clinic.write("1500-pretrain", clinic.records("pretrain")[:1500])
-    return {"data": few(clinic, 400) | {"pretrain": pretrain}, "reward": {"judge": False}, "ppo": BRIEF, **changes}
+    """A break in SFT or before; of what comes after it no more than a report needs."""
+    return {"data": few(clinic, 400), "reward": {"judge": False}, "ppo": BRIEF, **changes}
 
 
 def shuffled(clinic: Any, name: str) -> str:
@@ -77,7 +76,12 @@ Change = Callable[[Any], dict[str, Any]]
 BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     "texts without an end": (
         "pretrain",
-        lambda clinic: broken_sft(clinic, pretrain={"max_length": 20}, sft={"max_length": 20}),
+        lambda clinic: broken_sft(
+            clinic,
+            data=few(clinic, 400) | {"pretrain": clinic.write("1500-pretrain", clinic.records("pretrain")[:1500])},
+            pretrain={"max_length": 20},
+            sft={"max_length": 20},
+        ),
         {"sft_stop"},
     ),
     "SFT that learns nothing": ("sft", lambda clinic: broken_sft(clinic, sft={"learning_rate": 1e-8}), {"sft_none"}),
