@@ -136,6 +136,7 @@ def _need(stage: str, shape: Shape, load: Load) -> Need:
         weights = max(1, frozen) * _frozen(shape, load.dtype, head=True) + (trained + (stage == "ppo")) * learned
         # At the stage's end a merged model is written one tensor at a time; the embedding is the largest.
         working = max(int(ADAPTER_GAPS * working), 2 * 4 * shape.head)
+    if sampling and (adapter is not None or not trained):
         sampling += _packed(shape, load.dtype)
     # Gradients of one role are in memory at a time; two moments for each role that learns.
     training = trained * 2 * learned + (learned if trained else 0)

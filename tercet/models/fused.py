@@ -25,10 +25,8 @@ def fuse_norms(trunk: Any) -> None:
     norms = [module for module in trunk.modules() if isinstance(module, _FusedNorm) or _is_rms_norm(module)]
     for norm in norms:
         _swap(norm, _FusedNorm)
-    if norms:
-        with contextlib.suppress(TypeError, ValueError):  # a trunk that cannot be asked for what it does with a norm's output
-            for norm in _feeding_products(trunk, norms):
-                norm.feeds_products = True
+    for norm in _feeding_products(trunk, norms) if norms else ():
+        norm.feeds_products = True
 
 
 def fuse_gates(trunk: nn.Module) -> None:
@@ -124,9 +122,11 @@ def _is_rms_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon") or weight is None:
         return False
-    probe = torch.linspace(-1.0, 2.0, 3 * len(weight), dtype=weight.dtype, device=weight.device).view(3, -1)
+    probe = torch.linspace(-1.0, 2.0, 3 * weight.numel(), dtype=weight.dtype, device=weight.device).view(3, -1)
     unit = probe * (probe.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
-    return torch.allclose(module(probe), weight * unit, rtol=1e-5)
+    with contextlib.suppress(TypeError, RuntimeError):  # one that wants more than a tensor, or other sizes
+        return torch.allclose(module(probe), weight * unit, rtol=1e-5)
+    return False
 
 
 @torch.no_grad()
@@ -146,26 +146,42 @@ def _feeding_products(trunk: Any, norms: list[Any]) -> Iterator[Any]:
     """The norms whose output goes into linear layers and nowhere else: as seen in the graph of a few tokens."""
     given: dict[int, tuple[Any, Tensor]] = {}
     taken: dict[int, int] = {}
-    handles = [
-        norm.register_forward_hook(lambda module, inputs, output: given.update({id(output): (module, output)})) for norm in norms
-    ]
 
-    def count(module: Any, inputs: tuple[Any, ...]) -> None:
+    def give(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        given[id(output)] = module, output
+
+    def take(module: Any, inputs: tuple[Any, ...]) -> None:
         key = id(inputs[0])
         if key in given:  # and so alive: nothing else has its id
             taken[key] = taken.get(key, 0) + 1
 
-    for linear in _linear_layers(trunk):
-        handles.append(linear.register_forward_pre_hook(count))
+    handles = [norm.register_forward_hook(give) for norm in norms]
+    handles += [linear.register_forward_pre_hook(take) for linear in _linear_layers(trunk)]
+    try:
+        edges = _edges(_few_tokens(trunk, norms[0].weight))
+    except Exception:  # a trunk of anybody's, that cannot be asked in this way
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    for key, (norm, output) in given.items():
+        if taken.get(key, 0) == edges.get(output.grad_fn, 0) > 0:
+            yield norm
+
+
+def _few_tokens(trunk: Any, like: Tensor) -> Tensor:
+    """The last states of three made-up embeddings, with their graph."""
     width = trunk.get_input_embeddings().weight.shape[1]
-    weight = next(trunk.parameters())
-    probe = torch.linspace(-1.0, 1.0, 3 * width, device=weight.device, dtype=norms[0].weight.dtype)
+    probe = torch.linspace(-1.0, 1.0, 3 * width, device=like.device, dtype=like.dtype).view(1, 3, width)
     with torch.enable_grad():
-        states = trunk(inputs_embeds=probe.view(1, 3, width).requires_grad_(), use_cache=False).last_hidden_state
-    for handle in handles:
-        handle.remove()
+        states: Tensor = trunk(inputs_embeds=probe.requires_grad_(), use_cache=False).last_hidden_state
+    return states
+
+
+def _edges(output: Tensor) -> dict[Any, int]:
+    """How many nodes of the graph take what each node of it gives."""
     edges: dict[Any, int] = {}
-    seen, waiting = set(), [states.grad_fn]
+    seen, waiting = set(), [output.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -174,9 +190,7 @@ def _feeding_products(trunk: Any, norms: list[Any]) -> Iterator[Any]:
         for following, _ in node.next_functions:
             edges[following] = edges.get(following, 0) + 1
             waiting.append(following)
-    for key, (norm, output) in given.items():
-        if taken.get(key, 0) == edges.get(output.grad_fn, 0) > 0:
-            yield norm
+    return edges
 
 
 def _linear_layers(trunk: nn.Module) -> Iterator[nn.Module]:

@@ -101,6 +101,20 @@ def test_modules_of_another_formula_are_left_alone() -> None:
     assert type(mlp) is OtherMLP and type(norm[0]) is OtherRMSNorm
 
 
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        normalised: Tensor = super().forward(x * gate)
+        return normalised
+
+
+def test_what_cannot_be_asked_stays_as_it_is() -> None:
+    """A norm that wants more than a tensor; and a trunk that takes no embeddings, whose norms do not round."""
+    norms = nn.Sequential(GatedRMSNorm(8), LlamaRMSNorm(8))
+    fuse_norms(norms)
+    assert type(norms[0]) is GatedRMSNorm and isinstance(norms[1], _FusedNorm) and not norms[1].feeds_products
+    assert not norms[1]._forward_hooks
+
+
 class Trunk(nn.Module):
     """A norm whose output goes into a product and, if `also`, into the sum of the residual stream."""
 

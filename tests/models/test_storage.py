@@ -146,6 +146,10 @@ def test_half_is_what_freezing_leaves(architecture: str, tmp_path: Path) -> None
             for (name, own), other in zip(found.named_parameters(), wanted.parameters()):
                 assert own.dtype is other.dtype, name
                 assert torch.equal(own, other) or "score" in name, name
+            if kind is Policy:
+                found.freeze()
+                with torch.no_grad():
+                    assert torch.equal(found(ragged(SHAPES))[0], wanted(ragged(SHAPES))[0])
     assert not stored_in_bfloat16(str(tmp_path / "nowhere"))
     mixed = {f"w{i}": torch.ones(2, dtype=dtype) for i, dtype in enumerate((torch.bfloat16, torch.float32))}
     save_file(mixed, tmp_path / "narrow/model.safetensors", {"format": "pt"})
