@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from tercet.config import Config
 from tercet.models.attention import keeps_weights
 from tercet.models.kernels import MOST_PACKED
+from tercet.models.precision import linear_layers
 from tercet.runtime.machine import Machine
 
 MIB, GIB = 2**20, 2**30
@@ -57,7 +56,7 @@ class Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         text, head = config.get_text_config(), model.get_output_embeddings()
-        modules = [module for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        modules = linear_layers(model.base_model)
         sizes = [tuple(module.weight.shape) for module in modules]
         inner = max(max(size) for size in sizes)
         heads = text.num_attention_heads

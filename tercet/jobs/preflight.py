@@ -135,7 +135,7 @@ def check_models(config: Config, stages: Sequence[str], base: str | None, record
     trust = config.model.trust_remote_code
     count_parameters(base, trust)  # an explained error where the configuration cannot be read
     tokenizer = load_tokenizer(base, trust_remote_code=trust)
-    model = load_causal_lm(base, trust_remote_code=trust, half=True)
+    model = load_causal_lm(base, trust_remote_code=trust, as_stored=True)
     check_vocabulary(model, tokenizer, base)
     stop_ids = stop_token_ids(base, tokenizer, config.ppo.stop)
     template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_ids)
@@ -243,7 +243,7 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int
             _check_same_ids(source, tokenizer, trust)
     for source in (config.ppo.policy, *config.evaluation.policies.values()):
         if source is not None:
-            policy = load_causal_lm(source, trust_remote_code=trust, half=True)
+            policy = load_causal_lm(source, trust_remote_code=trust, as_stored=True)
             check_vocabulary(policy, tokenizer, source)
             _check_same_ids(source, tokenizer, trust)
             check_room(config, context_length(policy), source)

@@ -31,6 +31,7 @@ from tercet.models.load import (
     special_tokens,
     stop_token_ids,
 )
+from tercet.models.precision import round_weights
 from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.distributed import World
 from tercet.runtime.files import folder_beside, replace_folder
@@ -110,8 +111,7 @@ class Workshop:
                 return self._to_train(self.backbone(source).policy(seed=self.config.seed).eval())
             if source == self.sft_source:
                 return self.backbone(source).reference
-        half = frozen and self.machine.dtype is torch.bfloat16
-        policy = Policy(self._causal_lm(source, dropout, half=half), self.machine.dtype).eval()
+        policy = Policy(self._causal_lm(source, dropout, half=self._half(frozen)), self.machine.dtype).eval()
         if policy.own_logits:
             console.print(
                 f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)", markup=False
@@ -128,8 +128,18 @@ class Workshop:
 
     def _causal_lm(self, source: str, dropout: float = 0.0, *, half: bool = False) -> PreTrainedModel:
         trust = self.config.model.trust_remote_code
-        model = load_causal_lm(source, dropout=dropout, trust_remote_code=trust, half=half)
+        model = load_causal_lm(source, dropout=dropout, trust_remote_code=trust, as_stored=half)
         check_vocabulary(model, self.tokenizer, source)
+        return self._placed(model, half)
+
+    def _half(self, frozen: bool) -> bool:
+        """Whether a role holds rounded weights alone."""
+        return frozen and self.machine.dtype is torch.bfloat16
+
+    def _placed(self, model: PreTrainedModel, half: bool) -> PreTrainedModel:
+        """The model on the machine's device, where only what it will hold there goes."""
+        if half:
+            round_weights(model)
         return nn.Module.to(model, self.machine.device)
 
     def load_scorer(self, source: str, *, frozen: bool = True, num_labels: int | None = None) -> ScoreModel:
@@ -139,9 +149,9 @@ class Workshop:
             folder = None if num_labels is not None else adapter_folder(Path(source))
             scorer = self.backbone(self.sft_source).scorer(folder, seed=self.config.seed).eval()
         else:
-            trust, half = self.config.model.trust_remote_code, frozen and self.machine.dtype is torch.bfloat16
-            model = load_classifier(source, num_labels=num_labels, trust_remote_code=trust, half=half)
-            scorer = ScoreModel(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
+            trust, half = self.config.model.trust_remote_code, self._half(frozen)
+            model = load_classifier(source, num_labels=num_labels, trust_remote_code=trust, as_stored=half)
+            scorer = ScoreModel(self._placed(model, half), self.machine.dtype).eval()
         if not frozen:
             return self._to_train(scorer)
         scorer.freeze()

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
-from transformers.pytorch_utils import Conv1D
 
 from tercet.algo.products import product_dtype
+from tercet.models.precision import linear_layers
 
 
 def fuse_norms(trunk: Any) -> None:
-    """Let a trunk's RMSNorms compute by `_RMSNorm`, and round at once where linear layers alone take what they give."""
-    norms = [module for module in trunk.modules() if isinstance(module, _FusedNorm) or _is_rms_norm(module)]
+    """Let a trunk's RMSNorms compute by `_RMSNorm`, and round at once where linear layers alone take what they give. (Trees with adapters
+    are copies of a trunk that was looked at without them.)"""
+    norms = [module for module in trunk.modules() if not isinstance(module, _FusedNorm) and _is_rms_norm(module)]
     for norm in norms:
         _swap(norm, _FusedNorm)
     for norm in _feeding_products(trunk, norms) if norms else ():
@@ -156,7 +157,7 @@ def _feeding_products(trunk: Any, norms: list[Any]) -> Iterator[Any]:
             taken[key] = taken.get(key, 0) + 1
 
     handles = [norm.register_forward_hook(give) for norm in norms]
-    handles += [linear.register_forward_pre_hook(take) for linear in _linear_layers(trunk)]
+    handles += [linear.register_forward_pre_hook(take) for linear in linear_layers(trunk)]
     try:
         edges = _edges(_few_tokens(trunk, norms[0].weight))
     except Exception:  # a trunk of anybody's, that cannot be asked in this way
@@ -191,12 +192,3 @@ def _edges(output: Tensor) -> dict[Any, int]:
             edges[following] = edges.get(following, 0) + 1
             waiting.append(following)
     return edges
-
-
-def _linear_layers(trunk: nn.Module) -> Iterator[nn.Module]:
-    """With an adapter as one layer, whatever it is made of."""
-    adapted = [name for name, module in trunk.named_modules() if hasattr(module, "lora_A")]
-    for name, module in trunk.named_modules():
-        inside = any(name.startswith(f"{layer}.") for layer in adapted)
-        if not inside and (isinstance(module, nn.Linear | Conv1D) or hasattr(module, "lora_A")):
-            yield module

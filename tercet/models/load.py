@@ -26,7 +26,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tercet.models.precision import round_weights
 from tercet.models.storage import stored_in_bfloat16
 from tercet.types import TercetError
 
@@ -51,33 +50,31 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, needs_eos: b
     return tokenizer
 
 
-def load_causal_lm(source: str, *, dropout: float = 0.0, trust_remote_code: bool = False, half: bool = False) -> PreTrainedModel:
-    """A causal language model in float32, on the CPU. half: as `round_weights` leaves it, with no more than that in memory at any time
-    (the pages of a file that is read not counted: the system takes them back as it needs them)."""
+def load_causal_lm(
+    source: str, *, dropout: float = 0.0, trust_remote_code: bool = False, as_stored: bool = False
+) -> PreTrainedModel:
+    """A causal language model in float32, on the CPU. as_stored: in bfloat16 where all of its checkpoint is, so that loading takes no memory
+    but the pages of its file, which the system takes back as it needs them."""
     with _explained(source, "a causal language model"):
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), dropout)
-        model, missing = _read(AutoModelForCausalLM, source, config, trust_remote_code, half)
+        model, missing = _read(AutoModelForCausalLM, source, config, trust_remote_code, as_stored)
         _check_complete(missing, source)
         _check_causal(model, source)
-        if half:
-            round_weights(model)
     return model
 
 
 def load_classifier(
-    source: str, *, num_labels: int | None = None, trust_remote_code: bool = False, half: bool = False
+    source: str, *, num_labels: int | None = None, trust_remote_code: bool = False, as_stored: bool = False
 ) -> PreTrainedModel:
-    """A sequence-classification model in float32, or `half` as above. With `num_labels` a causal language model's checkpoint gets a new
+    """A sequence-classification model in float32, or `as_stored` as above. With `num_labels` a causal language model's checkpoint gets a new
     head."""
     with _explained(source, "a sequence-classification model"):
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), 0.0)
         if num_labels is not None:
             config.num_labels = num_labels
-        model, missing = _read(AutoModelForSequenceClassification, source, config, trust_remote_code, half)
+        model, missing = _read(AutoModelForSequenceClassification, source, config, trust_remote_code, as_stored)
         if num_labels is None:
             _check_complete(missing, source)
-        if half:
-            round_weights(model)
     return model
 
 
@@ -167,14 +164,14 @@ def count_parameters(source: str, trust_remote_code: bool = False) -> int:
 
 
 def _read(
-    auto_class: Any, source: str, config: Any, trust_remote_code: bool, half: bool = False
+    auto_class: Any, source: str, config: Any, trust_remote_code: bool, as_stored: bool
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model in float32, with `half` in bfloat16 if its checkpoint is, never from a pickle; and the names of the weights that the
+    """The model in float32, `as_stored` in bfloat16 if its checkpoint is, never from a pickle; and the names of the weights that the
     checkpoint lacks."""
     model, info = auto_class.from_pretrained(
         source,
         config=config,
-        dtype=torch.bfloat16 if half and stored_in_bfloat16(source) else torch.float32,
+        dtype=torch.bfloat16 if as_stored and stored_in_bfloat16(source) else torch.float32,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-def trunk_matrices(model: PreTrainedModel) -> list[Any]:
+def linear_layers(trunk: nn.Module) -> list[Any]:
     """The layers of the trunk that are matrix products."""
-    return [module for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [module for module in trunk.modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def round_lookups(model: PreTrainedModel) -> None:
@@ -28,7 +28,7 @@ def round_lookups(model: PreTrainedModel) -> None:
 def round_weights(model: PreTrainedModel) -> None:
     """Hold in bfloat16 what is rounded anyway, and the rest in float32."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    modules = [*trunk_matrices(model), *([] if head is None else [head]), embedding]
+    modules = [*linear_layers(model.base_model), *([] if head is None else [head]), embedding]
     wide = set() if _is_plain(embedding) else {id(parameter) for parameter in embedding.parameters()}
     rounded = {id(parameter) for module in modules for parameter in module.parameters()} - wide
     for parameter in model.parameters():

@@ -23,7 +23,7 @@ from tercet.models.fused import fuse_gates, fuse_norms
 from tercet.models.kernels import fuse_activations, use_fast_products
 from tercet.models.load import embedding_rows
 from tercet.models.packing import Packing
-from tercet.models.precision import round_lookups, round_weights, trunk_matrices
+from tercet.models.precision import linear_layers, round_lookups, round_weights
 from tercet.types import Sequences, TercetError
 
 
@@ -78,9 +78,8 @@ class _Role(nn.Module):
         """Floating-point operations of a forward over `tokens` tokens, `head_tokens` of which reach the head: two for each weight of
         a linear layer and token. Attention's own products, a few per cent on short texts, are left out."""
         head: Any = self.head
-        return 2 * (
-            sum(module.weight.numel() for module in trunk_matrices(self.model)) * tokens + head.weight.numel() * head_tokens
-        )
+        weights = sum(module.weight.numel() for module in linear_layers(self.model.base_model))
+        return 2 * (weights * tokens + head.weight.numel() * head_tokens)
 
     def full_precision(self) -> PreTrainedModel:
         """The model to be saved, with float32 weights; of a role that learns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ NAMED = pytest.mark.parametrize("architecture", ["gpt2", "llama_tied", "llama_un
 
 
 def backbone_of(source: str, dtype: torch.dtype = torch.float32) -> Backbone:
-    return Backbone(source, lambda half: load_causal_lm(source, half=half), dtype, Rank(2, 6))
+    return Backbone(source, functools.partial(loaded, load_causal_lm, source), dtype, Rank(2, 6))
+
+
+def loaded(load: Any, source: str, half: bool) -> Any:
+    """As the workshop loads."""
+    model = load(source, as_stored=half)
+    if half:
+        round_weights(model)
+    return model
 
 
 def moved(role: Any) -> Any:
@@ -138,10 +147,11 @@ def test_half_is_what_freezing_leaves(architecture: str, tmp_path: Path) -> None
             load_causal_lm(source).bfloat16().save_pretrained(folder)
         assert stored_in_bfloat16(folder) is narrow
         for load, kind in ((load_causal_lm, Policy), (lambda f, **o: load_classifier(f, num_labels=1, **o), ScoreModel)):
+            assert {p.dtype for p in load(folder, as_stored=True).parameters()} == {torch.bfloat16 if narrow else torch.float32}
             torch.manual_seed(0)  # a new head's
             wanted = kind(load(folder), torch.bfloat16)
             torch.manual_seed(0)
-            found = kind(load(folder, half=True), torch.bfloat16)
+            found = kind(loaded(load, folder, half=True), torch.bfloat16)
             wanted.freeze()
             for (name, own), other in zip(found.named_parameters(), wanted.parameters()):
                 assert own.dtype is other.dtype, name
