@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test check lint types slow full conformance mutants bench clean
+.PHONY: install quickstart test check lint types slow full conformance mutants lowest newest bench clean
 
 install: .venv/installed
 
@@ -42,6 +42,12 @@ conformance: install
 mutants: install
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m mutants.run
 
+# The default tests with the lowest releases that pyproject.toml allows, and with the newest that there are.
+lowest newest:
+	$(PYTHON) -m venv .$@
+	.$@/bin/python -m pip install --quiet $(if $(filter lowest,$@),-c constraints-lowest.txt) -e '.[dev]'
+	OMP_NUM_THREADS=1 .$@/bin/python -m pytest -n 2
+
 # Speed and memory beside TRL 1.12.0, in an environment of its own. On an idle machine; about half an hour on two cores.
 .trl/installed:
 	$(PYTHON) -m venv .trl
@@ -53,4 +59,4 @@ bench: install .trl/installed
 	$(BIN)/python benchmarks/rollout.py
 
 clean:
-	rm -rf .venv .trl build dist *.egg-info
+	rm -rf .venv .trl .lowest .newest build dist *.egg-info

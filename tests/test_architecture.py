@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import tercet
 
@@ -192,3 +195,15 @@ def test_nothing_is_too_long_to_read(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno + 1 <= 80, f"{node.name}: a function has at most 80 lines"
+
+
+def test_the_lowest_releases_that_are_tested_are_those_that_are_promised() -> None:
+    root = PACKAGE.parent
+    promised = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    lowest = [line.replace("==", ">=") for line in (root / "constraints-lowest.txt").read_text().split()]
+    bounds = {Requirement(line).name: Requirement(line).specifier for line in lowest}
+    for requirement in map(Requirement, promised):
+        (wanted,) = (part.version for part in requirement.specifier if part.operator == ">=")
+        (tested,) = (part.version for part in bounds.pop(requirement.name))
+        assert Version(tested) == Version(wanted), requirement.name
+    assert not bounds

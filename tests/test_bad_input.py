@@ -170,7 +170,7 @@ LABEL: dict[str, Any] = {"ppo": {"rewards": [{"kind": "classifier", "model": "WR
 POLICY, VALUE = {"ppo": {"policy": "WRONG"}}, {"ppo": {"value_model": "WRONG"}}
 MODELS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
     "no such folder": (lambda folder: None, NAME, ["cannot be loaded", "no such folder"]),
-    "an empty folder": (Path.mkdir, NAME, ["cannot be loaded"]),
+    "an empty folder": (Path.mkdir, NAME, ["model"]),
     "an encoder": (
         _of(lambda: bert(word_tokenizer()), lambda: word_tokenizer(eos_token="[SEP]")),
         NAME,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tercet.config import Config
 from tercet.models.attention import keeps_weights
 from tercet.models.kernels import MOST_PACKED
+from tercet.models.load import without_weights
 from tercet.models.precision import linear_layers
 from tercet.runtime.machine import Machine
 
@@ -53,8 +54,7 @@ class Shape:
     @classmethod
     def of(cls, config: Any, *, trust_remote_code: bool = False) -> Shape:
         """The shape of the model that a transformers configuration describes; nothing of its size is allocated."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: Any = without_weights(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code)
         text, head = config.get_text_config(), model.get_output_embeddings()
         modules = linear_layers(model.base_model)
         sizes = [tuple(module.weight.shape) for module in modules]

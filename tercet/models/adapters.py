@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from tercet.models.kernels import use_fast_adapters
+from tercet.models.load import without_weights
 from tercet.models.roles import Policy, ScoreModel, init_score_head, score_head
 from tercet.models.storage import saves_piecewise
 from tercet.types import TercetError
@@ -54,7 +55,7 @@ class Backbone:
         self.reference.freeze()
         self._load = load
         self._size = size
-        self._trust = trust_remote_code
+        self._without_weights = functools.partial(without_weights, trust_remote_code=trust_remote_code)
 
     def policy(self, *, seed: int) -> Policy:
         """A policy that starts as the reference."""
@@ -68,7 +69,7 @@ class Backbone:
         """A reward or value model: that of an adapter's folder, or a new one that scores 0."""
         config = copy.deepcopy(self.reference.model.config)
         config.num_labels = 1
-        model = self._empty(AutoModelForSequenceClassification, config)
+        model = self._without_weights(AutoModelForSequenceClassification, config)
         trunk = _sharing(self.reference.model.base_model)
         setattr(model, model.base_model_prefix, trunk)
         head = score_head(model).to_empty(device=self.reference.device)
@@ -129,18 +130,11 @@ class Backbone:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(wide)
 
-    def _empty(self, kind: Any, config: Any) -> PreTrainedModel:
-        """A model that has no memory of its own yet."""
-        trust = self._trust
-        with torch.device("meta"):
-            model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust)
-        return model.eval()
-
     def _merged(self, role: Policy | ScoreModel) -> PreTrainedModel:
         """An ordinary float32 model that computes what backbone and adapter do together, to be saved; of a role that learns. Its weights
         are put together one by one while that is done, or here where the checkpoint has other names than transformers."""
         kind = AutoModelForCausalLM if isinstance(role, Policy) else AutoModelForSequenceClassification
-        model = self._empty(kind, copy.deepcopy(role.model.config))
+        model = self._without_weights(kind, copy.deepcopy(role.model.config))
         own = {} if isinstance(role, Policy) else {f"{_head_name(role.model)}.weight": role.head.weight}
         if saves_piecewise(model, self.source, functools.partial(self._added, role), own):
             return model

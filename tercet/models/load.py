@@ -158,9 +158,16 @@ def count_parameters(source: str, trust_remote_code: bool = False) -> int:
     """Parameters of a causal language model, without loading its weights."""
     with _explained(source, "a causal language model"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = without_weights(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def without_weights(auto_class: Any, config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a configuration describes, on the meta device: it has no memory of its own."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # transformers before 5.1 leaves it undone there
+    return model.eval()
 
 
 def _read(

@@ -57,22 +57,31 @@ def test_yaml_1_2_numbers() -> None:
 
 
 def test_merge_keys_add_what_is_not_there(tmp_path: Path) -> None:
-    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {x: 3, <<: *b}\nd: {<<: [*b, {y: 4, z: 4}]}\ne: {<<: &e {<<: *b, x: 5}}\nf: *e"
+    text = "\n".join(
+        (
+            "a: &a {rate: 1, size: 1}",
+            "b: &b {<<: *a, rate: 2}",
+            "c: {rate: 3, <<: *b}",
+            "d: {<<: [*b, {seed: 4}]}",
+            "e: {<<: &e {<<: *b, rate: 5}}",
+            "f: *e",
+        )
+    )
     assert parse_yaml(text, "x") == {
-        "a": {"x": 1, "y": 1},
-        "b": {"x": 2, "y": 1},
-        "c": {"x": 3, "y": 1},
-        "d": {"x": 2, "y": 1, "z": 4},
-        "e": {"x": 5, "y": 1},
-        "f": {"x": 5, "y": 1},
+        "a": {"rate": 1, "size": 1},
+        "b": {"rate": 2, "size": 1},
+        "c": {"rate": 3, "size": 1},
+        "d": {"rate": 2, "size": 1, "seed": 4},
+        "e": {"rate": 5, "size": 1},
+        "f": {"rate": 5, "size": 1},
     }
     file = tmp_path / "a.yaml"
     file.write_text("model: {name: gpt2}\nsft: &d {epochs: 2, batch_size: 8}\nreward:\n  <<: *d\n  epochs: 1\n")
     config = load_config(file)
     assert (config.sft.epochs, config.reward.epochs, config.reward.batch_size) == (2, 1, 8)
-    for wrong in ("{<<: *a, x: 1, x: 2}", "{<<: *a, <<: *a}"):
+    for wrong in ("{<<: *a, rate: 1, rate: 2}", "{<<: *a, <<: *a}"):
         with pytest.raises(TercetError, match="given twice"):
-            parse_yaml(f"a: &a {{x: 1}}\nb: {wrong}", "x")
+            parse_yaml(f"a: &a {{rate: 1}}\nb: {wrong}", "rate")
 
 
 def test_an_emptied_section_has_its_defaults(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class TestPPO:
             error = min(0.2, max(-0.2, before["kl"] / 0.05 - 1))
             assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 8 / 40), rel=1e-9)
         assert metrics[1]["kl_coef"] == pytest.approx(0.096), "at first the KL is 0"
-        assert metrics[-1]["kl"] > 0.05
+        assert any(row["kl"] > 0.05 for row in metrics[:-1]), "and then above the target"
 
     def test_the_missing_eos_rules_and_the_clip(self, ppo: Any) -> None:
         """A constant score of 12; nearly no response of this model ends by itself."""

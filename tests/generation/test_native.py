@@ -60,6 +60,7 @@ def scripted_policy(script: list[int]) -> Policy:
 # What is sampled
 
 
+@pytest.mark.skipif(not hasattr(DynamicCache, "has_previous_state"), reason="transformers caches states from 5.5 on")
 def test_rows_leave_a_model_whose_layers_carry_states() -> None:
     """Linear attention beside attention: the convolutions' and recurrent states lose the rows too."""
     heads = {f"linear_num_{kind}_heads": count for kind, count in (("key", 2), ("value", 4))}
@@ -113,7 +114,7 @@ def test_the_reported_logprobs_are_the_training_forwards(architecture: str, temp
     # Logits of 7 divided by 0.6: float32's rounding is up to 1.6e-5, which of several kernels a processor gets decides.
     for dtype, tolerance in ((torch.float32, 4e-5), (torch.float64, 1e-10)):
         policy, prompts = Policy(load_causal_lm(source), dtype), some_prompts()
-        if architecture == "gemma2" and dtype is torch.float64:  # its attention's softmax is float32, see the test of pads below
+        if architecture == "gemma2" and dtype is torch.float64:  # its attention's softmax is float32, and a pad's mask in float64
             prompts, tolerance = [prompt[:5] for prompt in prompts if len(prompt) >= 5], 1e-6
         sequences = generator_of(policy, temperature=temperature, stop_ids=range(5)).sample(prompts, numbers())
         with torch.no_grad():
@@ -370,13 +371,11 @@ def test_the_room_grows_by_steps_and_keeps_what_is_there() -> None:
 
 
 def test_numbers_that_are_not_finite_are_an_error_not_a_sample() -> None:
-    """Also Gemma-2 in float64: transformers' eager softmax is float32, where the mask of a pad is minus infinity."""
     broken = Policy(causal_lm("llama_tied"))
     with torch.no_grad():
         broken.model.model.norm.weight[3] = float("nan")
-    for policy in (broken, Policy(causal_lm("gemma2"), torch.float64)):
-        with pytest.raises(TercetError, match=r"not finite.*ppo\.learning_rate.*float32"):
-            generator_of(policy).sample(some_prompts(), numbers())
+    with pytest.raises(TercetError, match=r"not finite.*ppo\.learning_rate.*float32"):
+        generator_of(broken).sample(some_prompts(), numbers())
 
 
 def test_sampling_leaves_no_trace(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tercet.algo.products import onednn_computes
 from tercet.config import load_config
 from tercet.jobs.memory import ADAPTER_GAPS, GIB, HEAD_CHUNK, MIB, PROCESS, Load, Shape, _activations, load_of, needs
+from tercet.models.attention import keeps_weights
 from tercet.models.roles import Policy
 from tercet.runtime.machine import Machine
 from tercet.types import Sequences
@@ -150,6 +151,8 @@ def test_weights_and_training_state_by_hand() -> None:
 def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: str, dtype: torch.dtype, length: int) -> None:
     if not onednn_computes(torch.zeros(1, dtype=dtype)):
         pytest.skip("where bfloat16 is emulated attention keeps more; nothing chooses it there")
+    if torch.__version__.startswith("2.8.") and architecture != "gpt2" and not keeps_weights(length, dtype):
+        pytest.skip("torch 2.8 has no fused kernel on a CPU for queries that share keys, and keeps all weights in float32")
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
     if architecture == "gpt2":
         sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
