@@ -2,8 +2,8 @@
 
     python benchmarks/learning.py RUN/sft/model RUN/reward/model PROMPTS --peer-python TRL_ENV/bin/python --seconds 300 --seeds 0 1 2
 
-Both train at once, each on one thread, so that each has the same machine. Every policy on the way is judged by the same code: one
-response at temperature 1 to each held-out prompt, its score by the reward model and its KL from the SFT policy in nats; equally often
+Both train at once, each on one thread, so that each has the same machine. Every policy on the way is judged by the same code: responses
+at temperature 1 to each held-out prompt, their score by the reward model and their KL from the SFT policy in nats; equally often
 on both sides, for of more noisy scores the highest is higher. --ours and --peer are settings in JSON, beside which each side has its
 own defaults.
 """
@@ -47,13 +47,13 @@ def write_prompts(source: str, policy: str, target: Path, count: int) -> None:
 
 
 class Judge:
-    """Score and KL of a policy on the held-out prompts, always with the same random numbers."""
+    """Score and KL of a policy: means over `responses` responses to each held-out prompt, always by the same random numbers."""
 
-    def __init__(self, policy: str, reward: str, prompts: list[list[int]], new_tokens: int):
+    def __init__(self, policy: str, reward: str, prompts: list[list[int]], new_tokens: int, responses: int = 1):
         self.reference, self.reward = Policy(load_causal_lm(policy)), ScoreModel(load_classifier(reward))
         self.reference.freeze()
         self.reward.freeze()
-        self.prompts, self.new_tokens = prompts, new_tokens
+        self.prompts, self.new_tokens = prompts * responses, new_tokens
         self.stop = int(load_tokenizer(policy).eos_token_id)
 
     @torch.no_grad()
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--held-out", type=int, default=256, help="held-out prompts, at most, that policies are judged on")
+    parser.add_argument("--responses", type=int, default=1, help="responses to each held-out prompt: four halve the noise of one")
     parser.add_argument("--ours", default="{}")
     parser.add_argument("--peer", default="{}")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tercet-learning")
@@ -133,7 +134,7 @@ def main() -> None:
         write_prompts(options.prompts, options.policy, folder / "prompts.json", options.held_out)
         train(options, folder, seed)
         held_out = json.loads((folder / "prompts.json").read_text())["held_out"]
-        judge = Judge(options.policy, options.reward, held_out, options.new_tokens)
+        judge = Judge(options.policy, options.reward, held_out, options.new_tokens, options.responses)
         start = judge(options.policy)
         curves = {side: judged(folder / side, judge, start) for side in ("ours", "peer")}
         for side, points in curves.items():
