@@ -63,7 +63,7 @@ def run_evaluate(shop: Workshop) -> Figures:
         write_json(folder / "path.json", path)
         if yardstick:
             write_json(folder / "best_of_n.json", yardstick)
-        _write_samples(folder / "samples.jsonl", prompts, responses, names, config.evaluation.group_by)
+        _write_samples(folder / "samples.jsonl", prompts, responses, names, config.evaluation.group_by, set(main))
     return figures
 
 
@@ -160,13 +160,15 @@ def _win_figures(prefix: str, values: dict[str, float]) -> Figures:
     return found
 
 
-def _write_samples(path: Path, prompts: PromptSet, responses: dict[str, Any], judges: list[str], group_by: str | None) -> None:
+def _write_samples(
+    path: Path, prompts: PromptSet, responses: dict[str, Any], judges: list[str], group_by: str | None, main: set[int]
+) -> None:
     lines = []
     for place, prompt in enumerate(prompts.texts):
         text = prompt if isinstance(prompt, str) else "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
         line: dict[str, Any] = {"prompt": text}
         if group_by is not None:
-            line["group"] = str(prompts.fields[place].get(group_by))
+            line |= {"group": str(prompts.fields[place].get(group_by)), "main": place in main}
         for name, rows in responses.items():
             row = rows[place]
             line[name] = row["response"]

@@ -83,8 +83,9 @@ def accuracy_interval(run: RunData) -> tuple[float, float] | None:
 
 
 def gains(run: RunData, name: str) -> list[float]:
-    """PPO's value minus SFT's, such as its "score", on each held-out prompt that has both."""
-    pairs = ((number(row.get(f"ppo_{name}")), number(row.get(f"sft_{name}"))) for row in run.samples)
+    """PPO's value minus SFT's, such as its "score", on each held-out prompt of the main group that has both."""
+    rows = (row for row in run.samples if row.get("main") is not False)
+    pairs = ((number(row.get(f"ppo_{name}")), number(row.get(f"sft_{name}"))) for row in rows)
     return [ppo - sft for ppo, sft in pairs if ppo is not None and sft is not None]
 
 

@@ -289,7 +289,7 @@ class TestEvaluation:
         evaluation = {"greedy": True, "group_by": "kind", "main_group": "old"}
         folder = runs.run(data=data, ppo={"rewards": rewards}, evaluation=evaluation)
         samples, figures = lines(folder / "evaluation/samples.jsonl"), summary(folder)
-        assert [row["group"] for row in samples] == ["old", "new", "old"]
+        assert [(row["group"], row["main"]) for row in samples] == [("old", True), ("new", False), ("old", True)]
         scores = [row["ppo_score"] for row in samples]
         assert figures["ppo.score"] == figures["ppo.score[old]"] == pytest.approx((scores[0] + scores[2]) / 2)
         assert figures["ppo.score[new]"] == pytest.approx(scores[1])

@@ -285,6 +285,13 @@ def test_what_was_measured_on_training_prompts_is_not_called_held_out() -> None:
         assert f"On {wanted} the score" in told["score_rose"] and f"Against SFT on {wanted} it wins" in told["win_rate_good"]
 
 
+def test_the_scores_change_is_that_of_the_main_group() -> None:
+    samples = [row | {"group": "known", "main": True} for row in gains(1.0, 1.1, 0.9)]
+    samples += [row | {"group": "new", "main": False} for row in gains(-9.0, -9.1)]
+    (found,) = [finding for finding in verdict(RunData(samples=samples)) if finding.rule == "score_rose"]
+    assert "by +1 (" in found.text and "3 prompts" in found.text
+
+
 def test_what_went_wrong_leads_and_earlier_stages_come_first() -> None:
     run = RunData(summary={"ppo.kl": 0.1, "win_rate": 0.9, "win_rate_low": 0.4, "sft.finished": 0.1, "reward.eval_accuracy": 0.4})
     found = verdict(run)
