@@ -50,9 +50,9 @@ CAUSES: dict[str, Cause] = {
     "sft_loss_rose": Cause(
         "sft",
         "SFT made the model worse on held-out text",
-        "last held-out loss minus the one before the first step, nats a token",
+        "last held-out loss over the one before the first step; a hundredth more is within what few records can tell",
         "above",
-        0,
+        1.01,
         None,
         "Fewer epochs, a lower sft.learning_rate, or more demonstrations.",
     ),

@@ -39,7 +39,7 @@ def _sft_loss(run: RunData) -> Iterable[Finding]:
         return
     lowest, end = min(losses), losses[-1]
     text = f"Held-out loss went from {short(before[0])} to {short(end)} nats a token." if before else ""
-    rose = list(fault("sft_loss_rose", end - before[0], text, short(end))) if before else []
+    rose = list(fault("sft_loss_rose", end / before[0], text, short(end))) if before and before[0] > 0 else []
     text = f"Held-out loss was {short(lowest)} at its best and {short(end)} at the end."
     yield from rose or fault("sft_overfit", end / lowest if lowest > 0 else 1.0, text, short(end))
 

@@ -71,7 +71,7 @@ def both(*pairs: tuple[float, float]) -> RunData:
 CASES = [
     ("not_finite", "error", "step 2", drawn(policy_loss=[1, math.nan, 1]), drawn(policy_loss=[1, 2, 1])),
     ("skipped", "warning", "3", drawn(skipped=[0, 1, 2]), drawn(skipped=[0, 0, 0])),
-    ("sft_loss_rose", "error", "2.10", RunData(metrics=sft(2.0, 1.9, 2.1)), RunData(metrics=sft(2.0, 1.9, 1.91))),
+    ("sft_loss_rose", "error", "2.10", RunData(metrics=sft(2.0, 1.9, 2.1)), RunData(metrics=sft(2.0, 1.99, 2.019))),
     ("sft_overfit", "warning", "1.60", RunData(metrics=sft(2.0, 1.5, 1.6)), RunData(metrics=sft(2.0, 1.5, 1.57))),
     ("sft_none", "warning", "0.01", told({"base.kl": 0.01}), told({"base.kl": 0.03})),
     ("sft_stop", "error", "41\u202f%", told({"sft.finished": 0.41}), told({"sft.finished": 0.8})),
