@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,13 +16,14 @@ from tercet.types import Sequences, TokenRow
 
 
 class TokenStore:
-    """N tokenised texts in flat arrays: ids (total tokens,) int32, offsets (N + 1,) int64, prompt_lens (N,) int32 and
-    finished (N,) bool."""
+    """N tokenised texts in flat arrays: ids (total tokens,) int32, offsets (N + 1,) int64, prompt_lens (N,) int32, finished (N,) bool
+    and lengths (N,) int64, prompt and EOS included."""
 
     def __init__(
         self, ids: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lens: NDArray[np.int32], finished: NDArray[np.bool_]
     ):
         self.ids, self.offsets, self.prompt_lens, self.finished = ids, offsets, prompt_lens, finished
+        self.lengths: NDArray[np.int64] = np.diff(offsets)
 
     @staticmethod
     def build(rows: Iterable[TokenRow]) -> TokenStore:
@@ -43,11 +45,6 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row, prompt and EOS included, (N,) int64."""
-        return np.diff(self.offsets)
 
     def sequences(self, indices: Tensor | Sequence[int] | NDArray[np.int64]) -> Sequences:
         """The rows `indices` in that order as one right-padded batch on the CPU."""
@@ -81,7 +78,10 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """The records of optimizer step `step`, counted from 0 over all epochs: (<= batch_size,) int64. The step number is all that a
     resumed run needs."""
     epoch, position = divmod(step, steps_per_epoch(n, batch_size))
-    return epoch_order(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
+    return _last_order(n, seed, epoch)[position * batch_size : (position + 1) * batch_size].clone()
+
+
+_last_order = lru_cache(maxsize=1)(epoch_order)  # of a million records it takes 20 ms, and every step of an epoch asks for it
 
 
 def microbatches(lengths: Iterable[int], max_tokens: int) -> list[list[int]]:

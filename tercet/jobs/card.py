@@ -30,7 +30,7 @@ from tercet.models.roles import ScoreModel
 from tercet.runtime.files import write_json
 from tercet.scoring.bag_of_words import BagOfWords
 from tercet.scoring.model import scores_of
-from tercet.stages.reward import accuracy_interval, score_pairs, tokenise
+from tercet.stages.reward import accuracy_interval, score_pairs, score_responses, tokenise
 from tercet.types import Comparison, Sequences
 
 Figures = dict[str, Any]
@@ -84,7 +84,7 @@ def card_of_finished(shop: Workshop) -> Figures:
         scale = figures.get("reward.normalisation_gain", 1.0), figures.get("reward.normalisation_bias", 0.0)
         return write_card(shop, card, model, sets, pairs, sft_samples(shop), scale)
     data = tokenise(sets.held_out, shop.template, shop.config.reward.max_length)
-    pairs = score_pairs(shop.stage_run("reward", "reward"), model, data)
+    pairs = score_pairs(data, score_responses(shop.stage_run("reward", "reward"), model, data))
     found = write_card(shop, card, model, sets, pairs, sft_samples(shop))
     if shop.config.reward.use is not None and pairs:
         low, high = accuracy_interval(pairs, shop.config.seed)

@@ -75,18 +75,19 @@ def train_reward_model(
         accuracy = correct_sum / pair_sum if pair_sum else 0.5
         return {"loss": loss_sum / count, "accuracy": accuracy, "tokens": int(lengths[rows].sum())}
 
-    def evaluate() -> dict[str, float]:
-        return _evaluation(run, reward_model, eval_data)
+    scores = torch.zeros(len(eval_data.store), dtype=torch.float64)  # of the held-out responses, by the last evaluation
 
-    train(run, reward_model, config, len(data), compute, evaluate)
-    pairs = score_pairs(run, reward_model, eval_data)
+    def evaluate() -> dict[str, float]:
+        scores.copy_(score_responses(run, reward_model, eval_data))
+        return _evaluation(eval_data, scores)
+
+    last = train(run, reward_model, config, len(data), compute, evaluate)
+    pairs = score_pairs(eval_data, scores)
     figures = {"reward.comparisons": len(data), "reward.truncated": data.truncated / len(data.store)}
-    figures |= {f"reward.{name}": value for name, value in evaluate().items()}
+    figures |= {f"reward.{name}": value for name, value in last.items()}
     if pairs:
-        correct = torch.tensor([pair["correct"] for pair in pairs], dtype=torch.float64)
         low, high = accuracy_interval(pairs, seed)
-        figures |= {"reward.eval_accuracy": correct.mean().item(), "reward.eval_pairs": len(pairs)}
-        figures |= {"reward.eval_accuracy_low": low, "reward.eval_accuracy_high": high}
+        figures |= {"reward.eval_pairs": len(pairs), "reward.eval_accuracy_low": low, "reward.eval_accuracy_high": high}
     return figures, pairs
 
 
@@ -120,26 +121,26 @@ def _losses(model: ScoreModel, data: RankedStore, comparisons: NDArray[np.int64]
 
 
 @torch.no_grad()
-def _evaluation(run: StageRun, model: ScoreModel, data: RankedStore) -> dict[str, float]:
+def score_responses(run: StageRun, model: ScoreModel, data: RankedStore) -> Tensor:
+    """The score of every response, (N,) float64, on every rank."""
+    scores = torch.zeros(len(data.store), dtype=torch.float64)
+    own = np.arange(len(data.store))[run.world.own_rows(len(data.store))]
+    for part in microbatches(data.store.lengths[own], run.machine.microbatch_tokens):
+        scores[own[part]] = model(data.store.sequences(own[part]).to(model.device)).cpu().double()
+    return run.world.all_sum(scores)
+
+
+def _evaluation(data: RankedStore, scores: Tensor) -> dict[str, float]:
+    """Ranking loss and accuracy by those scores; nothing where there is nothing held out."""
     if len(data) == 0:
         return {}
-    lengths = data.store.lengths
-    count = max(1, counted_prompts(data.ranks, data.rows(range(len(data)))[1]))
-    own = np.arange(len(data))[run.world.own_rows(len(data))]
-    sums = torch.zeros(3, dtype=torch.float64)
-    for part in microbatches_grouped([lengths[data.rows([g])[0]] for g in own], run.machine.microbatch_tokens):
-        loss, correct, pairs = _losses(model, data, own[part])
-        sums += torch.stack([loss.cpu().double(), correct, pairs])
-    loss_sum, correct_sum, pair_sum = run.world.all_sum(sums).tolist()
-    return {"eval_loss": loss_sum / count, "eval_accuracy": correct_sum / pair_sum if pair_sum else 0.5}
+    loss, count, stats = ranking_loss(scores, data.ranks, data.rows(range(len(data)))[1], margins=data.margins)
+    accuracy = (stats["correct"] / stats["pairs"]).item() if stats["pairs"] else 0.5
+    return {"eval_loss": loss.item() / max(1, int(count)), "eval_accuracy": accuracy}
 
 
-@torch.no_grad()
-def score_pairs(run: StageRun, model: ScoreModel, data: RankedStore) -> list[dict[str, Any]]:
-    """Every held-out pair that is no tie: scores and lengths of the better and the worse response, and whether the order is right."""
-    scores = torch.zeros(len(data.store), dtype=torch.float64)
-    for part in microbatches(data.store.lengths, run.machine.microbatch_tokens):
-        scores[part] = model(data.store.sequences(part).to(model.device)).cpu().double()
+def score_pairs(data: RankedStore, scores: Tensor) -> list[dict[str, Any]]:
+    """Every pair that is no tie: scores (N,) and lengths of the better and the worse response, and whether the order is right."""
     tokens, pairs = data.store.lengths - data.store.prompt_lens, []
     for comparison in range(len(data)):
         rows = range(data.starts[comparison], data.starts[comparison + 1])

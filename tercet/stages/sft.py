@@ -60,9 +60,10 @@ def train_sft(
             total += loss(_scored(eval_store.sequences(own[part]), loss_on).to(policy.device), count).cpu().double()
         return {"eval_loss": run.world.all_sum(total).item()}
 
-    train(run, policy, config, len(store), compute, evaluate, also_before=run.name == "sft")  # did it make the base model better?
+    also_before = run.name == "sft"  # did it make the base model better?
+    last = train(run, policy, config, len(store), compute, evaluate, also_before=also_before)
     figures = {f"{run.name}.records": len(store), f"{run.name}.truncated": truncated / len(store)}
-    return figures | {f"{run.name}.{name}": value for name, value in evaluate().items()}
+    return figures | {f"{run.name}.{name}": value for name, value in last.items()}
 
 
 def tokenise(records: Sequence[Demonstration], template: Template, stage: str, max_length: int) -> tuple[TokenStore, int]:

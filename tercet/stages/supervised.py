@@ -27,8 +27,9 @@ def train(
     evaluate: Callable[[], dict[str, float]],
     *,
     also_before: bool = False,
-) -> None:
-    """Take the optimizer steps of a supervised stage on so many records, resuming exactly where a checkpoint left off.
+) -> dict[str, float]:
+    """Take the optimizer steps of a supervised stage on so many records, resuming exactly where a checkpoint left off; returns the
+    figures on held-out records after the last one.
 
     `compute(step)` accumulates the gradients of step (counted from 0) and returns its metrics, "loss" and "tokens" among them;
     `evaluate()` returns figures on held-out records; `also_before`: the first step's row has them from before it, named ..._before.
@@ -46,6 +47,7 @@ def train(
     skipped = checkpoint.values["skipped"] if checkpoint else 0
     release_free_memory()
     before = {f"{name}_before": value for name, value in evaluate().items()} if also_before and start == 0 else {}
+    figures: dict[str, float] = {}
     module.train()
     with run.progress(total_steps, start) as bar:
         for step in range(start, total_steps):
@@ -68,7 +70,8 @@ def train(
                 row["skipped"] = skipped
             if (step + 1) % eval_every == 0 or step + 1 == total_steps:
                 module.eval()
-                row |= evaluate()
+                figures = evaluate()
+                row |= figures
                 module.train()
             run.log(row, {"seconds": seconds, "tokens_per_s": metrics["tokens"] / seconds})
             bar.advance(
@@ -80,6 +83,7 @@ def train(
             if stopping and not last:
                 raise Interrupted
     module.eval()
+    return figures or evaluate()  # the stage was resumed after its last step
 
 
 def _stop_if_broken(stage: str, skipped: int, loss: float) -> None:

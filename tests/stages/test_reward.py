@@ -15,7 +15,7 @@ import torch
 from tercet.config.training import RewardConfig
 from tercet.data.records import judge_split
 from tercet.models.roles import ScoreModel
-from tercet.stages.reward import normalise, score_pairs, tokenise, train_reward_model
+from tercet.stages.reward import normalise, score_pairs, score_responses, tokenise, train_reward_model
 from tercet.types import Comparison, Sequences, TercetError
 
 RECORDS = [
@@ -125,7 +125,8 @@ def test_equal_scores_count_half(tmp_path: Path, template: Any) -> None:
     reward = model()
     reward.head.weight.data.zero_()
     run = tiny.run_of(tmp_path, "reward")
-    assert [pair["correct"] for pair in score_pairs(run, reward, tokenise(RECORDS, template, 64))] == [0.5] * 9
+    data = tokenise(RECORDS, template, 64)
+    assert [pair["correct"] for pair in score_pairs(data, score_responses(run, reward, data))] == [0.5] * 9
 
 
 def test_eos_is_part_of_the_scored_text(template: Any) -> None:
