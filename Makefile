@@ -3,6 +3,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+# Of the fourteen thousand modules that pip would compile a run imports three: Python compiles those when it first meets them.
+PIP := -m pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install quickstart test check lint types slow full conformance mutants lowest newest bench clean
 
@@ -10,7 +13,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 quickstart: install
@@ -45,13 +48,13 @@ mutants: install
 # The default tests with the lowest releases that pyproject.toml allows, and with the newest that there are.
 lowest newest:
 	$(PYTHON) -m venv .$@
-	.$@/bin/python -m pip install --quiet $(if $(filter lowest,$@),-c constraints-lowest.txt) -e '.[dev]'
+	.$@/bin/python $(PIP) $(if $(filter lowest,$@),-c constraints-lowest.txt) -e '.[dev]'
 	OMP_NUM_THREADS=1 .$@/bin/python -m pytest -n 2
 
 # Speed and memory beside TRL 1.12.0, in an environment of its own. On an idle machine; about half an hour on two cores.
 .trl/installed:
 	$(PYTHON) -m venv .trl
-	.trl/bin/python -m pip install --quiet -c constraints.txt 'trl==1.12.0' torch transformers peft datasets
+	.trl/bin/python $(PIP) -c constraints.txt 'trl==1.12.0' torch transformers peft datasets
 	touch $@
 
 bench: install .trl/installed

@@ -163,12 +163,12 @@ def test_a_gradient_of_sampled_rollouts_points_the_same_way(tmp_path: Path) -> N
     """The same through sampling, `collect` and `update`, with the policy away from the reference and a learned baseline."""
     oracle, actors = world(0)
     shift(actors.policy, 0.1)
-    learn_values(actors, tmp_path, iterations=30, kl_coef=0.2)
+    learn_values(actors, tmp_path, iterations=15, kl_coef=0.2)
     config = tiny.ppo_config(
         rollout_batch_size=20_000, ppo_epochs=1, whiten_advantages=False, gae_lambda=1.0, max_new_tokens=STEPS
     )
     total = torch.zeros(1, dtype=torch.float64)
-    rollouts = 10
+    rollouts = 4
     for iteration in range(rollouts):
         rollout = tiny.rollout_of(actors, config, iteration=iteration, kl_coef=0.2, tokens=100_000)
         recorder = tiny.Recorder(actors.policy)
@@ -179,7 +179,7 @@ def test_a_gradient_of_sampled_rollouts_points_the_same_way(tmp_path: Path) -> N
     found, wanted = total / rollouts, exact_gradient(oracle, actors.policy.model, 0.2)
     cosine = float(torch.nn.functional.cosine_similarity(found, wanted, dim=0))
     print(f"cosine {cosine:.5f}, norms {found.norm():.5f} and {wanted.norm():.5f}")
-    assert cosine > 0.999
+    assert cosine > 0.9995
     assert found.norm() == pytest.approx(wanted.norm().item(), rel=0.03)
 
 

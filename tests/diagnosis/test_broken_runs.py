@@ -30,6 +30,7 @@ def the(prompts, responses, **fields):
     return [float(response.lower().split().count("the")) for response in responses]
 """
 BRIEF = {"iterations": 2, "evaluate_every": 0}  # of PPO, where an earlier stage is what breaks
+HALF = {"iterations": 8, "evaluate_every": 0}  # where nothing changes however long it goes on
 ENOUGH = 1500  # comparisons to see how a reward model breaks
 
 
@@ -128,7 +129,7 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
         lambda clinic: {"data": few(clinic, 300), "reward": {"epochs": 12}, "ppo": BRIEF},
         {"reward_overfit", "reward_overconfident"},
     ),
-    "kl_coef 100": ("ppo", lambda clinic: {"ppo": {"kl": {"coef": 100.0}}}, {"kl_none"}),
+    "kl_coef 100": ("ppo", lambda clinic: {"ppo": {"kl": {"coef": 100.0}, "evaluate_every": 0}}, {"kl_none"}),
     "kl_coef 0": (
         "ppo",
         lambda clinic: {"ppo": {"kl": {"coef": 0.0}}},
@@ -136,9 +137,9 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     ),
     # PPO stops in its second iteration, because all responses are empty; the verdict says what led to it.
     "learning rate x 100": ("ppo", lambda clinic: {"ppo": {"learning_rate": 5e-2}}, {"step_size"}),
-    "learning rate / 5000": ("ppo", lambda clinic: {"ppo": {"learning_rate": 1e-7}}, {"kl_none", "score_flat", "win_rate_even"}),
-    "value model off": ("ppo", lambda clinic: {"ppo": {"value_learning_rate": 1e-12}}, {"value_model"}),
-    "a constant reward": ("ppo", lambda clinic: rewarded(clinic, "constant"), {"score_constant", "score_flat"}),
+    "learning rate / 5000": ("ppo", lambda clinic: {"ppo": HALF | {"learning_rate": 1e-7}}, {"kl_none", "score_flat", "win_rate_even"}),
+    "value model off": ("ppo", lambda clinic: {"ppo": HALF | {"value_learning_rate": 1e-12}}, {"value_model"}),
+    "a constant reward": ("ppo", lambda clinic: rewarded(clinic, "constant", **HALF), {"score_constant", "score_flat"}),
     "a reward for length": (
         "ppo",
         lambda clinic: rewarded(clinic, "long", missing_eos_penalty=None),
