@@ -135,7 +135,7 @@ class Pipeline:
             raise TercetError(f"{self.folder}: there is no run here to report on: `tercet run CONFIG` makes one")
         return write_report(self.folder)
 
-    def _execute(self, stages: Sequence[str], redo: Sequence[str], records: Mapping[str, Any]) -> None:
+    def _execute(self, stages: Sequence[str], redo: Sequence[str], records: dict[str, Any]) -> None:
         from tercet.jobs.evaluation import run_evaluate
         from tercet.jobs.outlook import measure, outlook
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
@@ -155,6 +155,7 @@ class Pipeline:
                 for check in outlook(shop.config, stages, records, lengths, shop.template, shop.machine, shop.base):
                     if check.level == "warning":
                         console.print(f"warning: {check.text}", style="yellow", markup=False)
+            records.clear()  # every stage reads its own, and would hold these beside them
             prints = fingerprints(self.config, self.stages(), self._callables)  # anew, because now the machine is chosen
             if shop.world.is_main and redo:
                 write_json(self._redo_path, _redo_mark(redo, prints))

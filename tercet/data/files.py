@@ -202,11 +202,16 @@ def _float(digits: str) -> float:
     return value
 
 
+# One for all rows: json.loads would make one for each.
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
 def _strict_json(where: str, text: str, example: str) -> Any:
     """One JSON value: unique keys, finite numbers, whole Unicode characters."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
-        if "\\u" in text:  # only an escape can smuggle in half of a surrogate pair, which no tokenizer can encode
+        value = _STRICT.decode(text)
+        if _SURROGATE.search(text):  # only an escape can smuggle in half of a surrogate pair, which no tokenizer can encode
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except UnicodeEncodeError:

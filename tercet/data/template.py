@@ -7,10 +7,15 @@ ids that follow the prompt's own ids: the three stages must see the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
+from tercet.data.batches import TokenStore
 from tercet.types import Message, TercetError, Text, TokenRow
+
+AT_ONCE = 1_000  # texts that a tokenizer is given together
+_IDS_ALONE = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
 
 
 class PromptIds(NamedTuple):
@@ -44,6 +49,23 @@ def require_response(row: TokenRow, stage: str, max_length: int, origin: str) ->
         )
 
 
+def tokenise(template: Template, texts: Sequence[tuple[Text, str, str]], stage: str, max_length: int) -> tuple[TokenStore, int]:
+    """The token rows of (prompt, response, origin), and how many of them had to be cut; `stage` is the section that says max_length.
+
+    Raises as Template.encode and require_response.
+    """
+    cut = 0
+
+    def rows() -> Iterator[TokenRow]:
+        nonlocal cut
+        for (_, _, origin), encoded in zip(texts, template.encode_all(texts, max_length=max_length)):
+            require_response(encoded.row, stage, max_length, origin)
+            cut += encoded.truncated or encoded.prompt_cut
+            yield encoded.row
+
+    return TokenStore.build(rows()), cut
+
+
 def response_text(ids: Iterable[int], tokenizer: Any) -> str:
     """The text of sampled ids, without special tokens; ids that have no token (padded embedding rows) give no text."""
     known = [int(i) for i in ids if _has_token(int(i), tokenizer)]
@@ -67,6 +89,8 @@ class Template:
 
     Raises TercetError if the tokenizer has no EOS, or no chat template for kind "chat".
     """
+
+    _prefixes_space = True  # until a look at the tokenizer says otherwise
 
     def __init__(
         self,
@@ -98,26 +122,22 @@ class Template:
         # Decided by what the tokenizer does, not by what it declares: GPT-2 has a BOS and adds none; some add EOS as well.
         bos_id = tokenizer.bos_token_id
         self.bos_id = bos_id if list(tokenizer("a").input_ids)[:1] == [bos_id] else None
-        # SentencePiece-like tokenizers put a space before every text they get, also before one that continues another.
-        self._prefixes_space = self._ids("a", after="\n") != self._ids("a")
+        # SentencePiece-like tokenizers put a space before every text that they get, also before one that continues another.
+        self._prefixes_space = self._continued(["a"]) != self._ids(["a"])
 
     def prompt_ids(self, prompt: Text, origin: str = "") -> PromptIds:
         """The ids that a response continues. `origin` ("file:row") goes into error messages.
 
         Raises TercetError for a conversation under "plain" and for a conversation that the chat template refuses.
         """
-        if self.kind == "chat" and prompt != "":
-            text = self._render(_turns(prompt), origin, add_generation_prompt=True)
-            return self._fit(self._ids(text))
-        if not isinstance(prompt, str):
-            where = f"{origin}: " if origin else ""
-            raise TercetError(
-                f"{where}the prompt is a conversation, which the template 'plain' cannot write; set the template to 'chat'"
-            )
-        ids = self._ids(prompt)
-        if self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        return self._fit(ids)
+        return self.prompts_ids([(prompt, origin)])[0]
+
+    def prompts_ids(self, prompts: Iterable[tuple[Text, str]]) -> list[PromptIds]:
+        """The same for many (prompt, origin) at once: many times faster, as the tokenizer works on all cores, and on each text once."""
+        texts = [self._prompt_text(prompt, origin) for prompt, origin in prompts]
+        distinct = list(dict.fromkeys(text for text, _ in texts))
+        found = dict(zip(distinct, self._ids(distinct)))
+        return [self._fit(self._begun(found[text]) if begins else found[text]) for text, begins in texts]
 
     def encode(self, prompt: Text, response: str, *, max_length: int | None = None, origin: str = "") -> Encoded:
         """prompt ids + response ids + EOS, cut to `max_length` tokens; a cut text has no EOS and finished False.
@@ -127,20 +147,42 @@ class Template:
         max_length, no response token is left (prompt_len == len(ids)). Raises as prompt_ids, and if the chat template does not
         begin the whole conversation with the prompt's own text.
         """
+        return next(self.encode_all([(prompt, response, origin)], max_length=max_length))
+
+    def encode_all(self, texts: Iterable[tuple[Text, str, str]], *, max_length: int | None = None) -> Iterator[Encoded]:
+        """The same for many (prompt, response, origin), in order: many times faster, see prompts_ids."""
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
-        prompt_ids, prompt_cut = self.prompt_ids(prompt, origin)
-        ids = prompt_ids + self._end(self._response_ids(prompt, response, origin))
-        truncated = max_length is not None and len(ids) > max_length
-        ids = ids[:max_length] if truncated else ids
-        prompt_len = min(max(1, len(prompt_ids)), len(ids))
-        return Encoded(TokenRow(tuple(ids), prompt_len, not truncated), truncated, prompt_cut)
+        remaining = iter(texts)
+        while some := list(islice(remaining, AT_ONCE)):
+            prompts = self.prompts_ids((prompt, origin) for prompt, _, origin in some)
+            responses = [self._response_text(*one) for one in some]
+            first = iter(self._ids([text for text, continues in responses if not continues]))
+            later = iter(self._continued([text for text, continues in responses if continues]))
+            for (prompt_ids, prompt_cut), (_, continues) in zip(prompts, responses):
+                ids = prompt_ids + self._end(next(later if continues else first))
+                truncated = max_length is not None and len(ids) > max_length
+                ids = ids[:max_length] if truncated else ids
+                prompt_len = min(max(1, len(prompt_ids)), len(ids))
+                yield Encoded(TokenRow(tuple(ids), prompt_len, not truncated), truncated, prompt_cut)
 
-    def _response_ids(self, prompt: Text, response: str, origin: str) -> list[int]:
+    def _prompt_text(self, prompt: Text, origin: str) -> tuple[str, bool]:
+        """What stands before a response, and whether BOS is ours to add: a chat template's text has its own."""
+        if self.kind == "chat" and prompt != "":
+            return self._render(_turns(prompt), origin, add_generation_prompt=True), False
+        if not isinstance(prompt, str):
+            where = f"{origin}: " if origin else ""
+            raise TercetError(
+                f"{where}the prompt is a conversation, which the template 'plain' cannot write; set the template to 'chat'"
+            )
+        return prompt, True
+
+    def _response_text(self, prompt: Text, response: str, origin: str) -> tuple[str, bool]:
+        """A response as it stands after its prompt, and whether there is one that it continues."""
         if prompt == "":
-            return self._ids(response)
+            return response, False
         if self.kind == "plain":
-            return self._ids(seam(str(prompt), response, self.separator) + response, after="\n")
+            return seam(str(prompt), response, self.separator) + response, True
         turns = _turns(prompt)
         before = self._render(turns, origin, add_generation_prompt=True)
         whole = self._render([*turns, {"role": "assistant", "content": response}], origin, add_generation_prompt=False)
@@ -151,7 +193,11 @@ class Template:
                 f"(which ends in {before[-40:]!r}), so the response's beginning is unknown; use the template 'plain' or correct "
                 "the chat template"
             )
-        return self._ids(whole[len(before) :], after="\n")
+        return whole[len(before) :], True
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """With the BOS that the tokenizer would put at the start, once."""
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def _end(self, response_ids: list[int]) -> list[int]:
         """Exactly one end: nothing but whitespace after the last stop token is dropped; without one there, EOS is appended."""
@@ -163,18 +209,26 @@ class Template:
             return response_ids[: first + 1]
         return [*response_ids, self.eos_id]
 
-    def _ids(self, text: str, after: str = "") -> list[int]:
-        """Ids of a text without special tokens; `after`: of a text that continues another one, which ended in `after`.
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens; so many at once as do not fill the memory with what else a tokenizer returns."""
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), AT_ONCE):
+            some = list(texts[start : start + AT_ONCE])
+            ids += self.tokenizer(some, **_IDS_ALONE).input_ids
+        return ids
 
-        Tokenizers that put a space before every text are asked for both together, and the first part's ids are taken off; for all
-        others a text alone gives the same ids.
+    def _continued(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that continue another one.
+
+        Tokenizers that put a space before every text are asked for it after a newline, whose own ids are taken off; for all others a
+        text alone gives the same ids.
         """
-        alone: list[int] = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        if not after or not getattr(self, "_prefixes_space", True):
+        alone = self._ids(texts)
+        if not self._prefixes_space:
             return alone
-        anchor = list(self.tokenizer(after, add_special_tokens=False).input_ids)
-        both = list(self.tokenizer(after + text, add_special_tokens=False).input_ids)
-        return both[len(anchor) :] if anchor and both[: len(anchor)] == anchor else alone
+        (anchor,), both = self._ids(["\n"]), self._ids(["\n" + text for text in texts])
+        follows = [bool(anchor) and ids[: len(anchor)] == anchor for ids in both]
+        return [ids[len(anchor) :] if known else own for known, ids, own in zip(follows, both, alone)]
 
     def _fit(self, ids: list[int]) -> PromptIds:
         """The last max_prompt_length tokens, a BOS at the start kept."""

@@ -30,7 +30,7 @@ from tercet.models.roles import ScoreModel
 from tercet.runtime.files import write_json
 from tercet.scoring.bag_of_words import BagOfWords
 from tercet.scoring.model import scores_of
-from tercet.stages.reward import accuracy_interval, score_pairs, score_responses, tokenise
+from tercet.stages.reward import accuracy_interval, score_pairs, score_responses, tokenise_comparisons
 from tercet.types import Comparison, Sequences
 
 Figures = dict[str, Any]
@@ -83,7 +83,7 @@ def card_of_finished(shop: Workshop) -> Figures:
         figures = json.loads(done.read_text(encoding="utf-8"))["figures"]
         scale = figures.get("reward.normalisation_gain", 1.0), figures.get("reward.normalisation_bias", 0.0)
         return write_card(shop, card, model, sets, pairs, sft_samples(shop), scale)
-    data = tokenise(sets.held_out, shop.template, shop.config.reward.max_length)
+    data = tokenise_comparisons(sets.held_out, shop.template, shop.config.reward.max_length)
     pairs = score_pairs(data, score_responses(shop.stage_run("reward", "reward"), model, data))
     found = write_card(shop, card, model, sets, pairs, sft_samples(shop))
     if shop.config.reward.use is not None and pairs:
@@ -177,9 +177,8 @@ def _demonstrations(shop: Workshop) -> Sequences | None:
         return None
     train, held_out = sides(read_demonstrations, data.sft, data.eval_sft, data.held_out)
     records = (held_out or train)[:MOST_DEMONSTRATIONS]
-    return Sequences.from_rows(
-        [shop.template.encode(r.prompt, r.response, max_length=limit, origin=r.origin).row for r in records]
-    )
+    texts = ((record.prompt, record.response, record.origin) for record in records)
+    return Sequences.from_rows([encoded.row for encoded in shop.template.encode_all(texts, max_length=limit)])
 
 
 def _scores(shop: Workshop, model: ScoreModel, sequences: Sequences | None) -> list[float]:

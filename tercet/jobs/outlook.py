@@ -110,15 +110,16 @@ def _lengths(name: str, records: Sequence[Any], config: Config, template: Templa
     """Of at most LOOKED_AT records, evenly spread over the source."""
     sample = records[:: math.ceil(len(records) / LOOKED_AT)]
     if name == "prompts":
-        prompts = [template.prompt_ids(record.prompt, record.origin) for record in sample]
+        prompts = template.prompts_ids((record.prompt, record.origin) for record in sample)
         sizes = [len(prompt.ids) for prompt in prompts]
         return Lengths(max(sizes), sum(sizes) / len(sizes), len(sizes), 0, sum(prompt.was_cut for prompt in prompts))
     limit = {"pretrain": config.pretrain, "sft": config.sft, "comparisons": config.reward}[name].max_length
-    encoded = [
-        template.encode(record.prompt, response, max_length=limit, origin=record.origin)
+    texts = (
+        (record.prompt, response, record.origin)
         for record in sample
         for response in (record.responses if isinstance(record, Comparison) else [record.response])
-    ]
+    )
+    encoded = list(template.encode_all(texts, max_length=limit))
     sizes = [len(one.row.ids) for one in encoded]
     cut, prompt_cut = sum(one.truncated for one in encoded), sum(one.prompt_cut for one in encoded)
     return Lengths(max(sizes), sum(sizes) / len(sizes), len(sizes), cut, prompt_cut)

@@ -214,15 +214,13 @@ def _check_lengths(config: Config, template: Template, base: str, records: Recor
     for stage, limit in (("sft", config.sft.max_length), ("reward", config.reward.max_length)):
         if longest_prompt < limit and (positions is None or limit <= positions):
             continue
-        for record in records.get(stage, ()):
-            for response in _responses(record):
-                row = template.encode(record.prompt, response, max_length=limit, origin=record.origin).row
-                require_response(row, stage, limit, record.origin)
-                if positions is not None and len(row.ids) > positions:
-                    raise TercetError(
-                        f"{record.origin}: {len(row.ids)} tokens, but {base} has {positions} positions: lower {stage}.max_length to "
-                        f"{positions}"
-                    )
+        texts = [(one.prompt, response, one.origin) for one in records.get(stage, ()) for response in _responses(one)]
+        for (_, _, origin), (row, _, _) in zip(texts, template.encode_all(texts, max_length=limit)):
+            require_response(row, stage, limit, origin)
+            if positions is not None and len(row.ids) > positions:
+                raise TercetError(
+                    f"{origin}: {len(row.ids)} tokens, but {base} has {positions} positions: lower {stage}.max_length to {positions}"
+                )
     if records.get("ppo"):
         check_room(config, positions, "the model")
 

@@ -176,9 +176,9 @@ class Workshop:
     def prompts(self, *, held_out: bool) -> PromptSet:
         """The prompts to train on, or those held out (all of them where none could be held out)."""
         records = prompt_records(self.config, held_out=held_out)
-        ids = [self.template.prompt_ids(record.prompt, record.origin).ids for record in records]
+        found = self.template.prompts_ids((record.prompt, record.origin) for record in records)
         return PromptSet(
-            ids,
+            [prompt.ids for prompt in found],
             [record.prompt for record in records],
             [record.fields for record in records],
             lambda row: response_text(row, self.tokenizer),

@@ -15,7 +15,7 @@ from tercet.algo.losses import counted_prompts, normalisation, ranking_loss
 from tercet.algo.statistics import cluster_interval
 from tercet.config.training import RewardConfig
 from tercet.data.batches import TokenStore, batch_indices, microbatches, microbatches_grouped
-from tercet.data.template import Template, require_response
+from tercet.data.template import Template, tokenise
 from tercet.models.roles import ScoreModel
 from tercet.runtime.stage import StageRun
 from tercet.scoring.model import scores_of
@@ -54,7 +54,8 @@ def train_reward_model(
     seed: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Train `reward_model` in place. Returns figures for the summary and a record of each held-out comparison's scores."""
-    data, eval_data = tokenise(train_records, template, config.max_length), tokenise(held_out, template, config.max_length)
+    data = tokenise_comparisons(train_records, template, config.max_length)
+    eval_data = tokenise_comparisons(held_out, template, config.max_length)
     if counted_prompts(data.ranks, data.rows(range(len(data)))[1]) == 0:
         raise TercetError(
             "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
@@ -91,22 +92,14 @@ def train_reward_model(
     return figures, pairs
 
 
-def tokenise(records: Sequence[Comparison], template: Template, max_length: int) -> RankedStore:
+def tokenise_comparisons(records: Sequence[Comparison], template: Template, max_length: int) -> RankedStore:
     """Each response of each comparison as a token row."""
-    rows, starts, truncated = [], [0], 0
-    ranks: list[float] = []
-    for record in records:
-        for response in record.responses:
-            row, cut, prompt_cut = template.encode(record.prompt, response, max_length=max_length, origin=record.origin)
-            require_response(row, "reward", max_length, record.origin)
-            rows.append(row)
-            truncated += cut or prompt_cut
-        starts.append(len(rows))
-        ranks.extend(record.ranks)
+    texts = [(record.prompt, response, record.origin) for record in records for response in record.responses]
+    store, truncated = tokenise(template, texts, "reward", max_length)
+    starts = np.cumsum([0, *(len(record.responses) for record in records)], dtype=np.int64)
+    ranks = torch.tensor([rank for record in records for rank in record.ranks], dtype=torch.float64)
     margins = torch.tensor([record.margin for record in records], dtype=torch.float32)
-    return RankedStore(
-        TokenStore.build(rows), np.array(starts, dtype=np.int64), torch.tensor(ranks, dtype=torch.float64), margins, truncated
-    )
+    return RankedStore(store, starts, ranks, margins, truncated)
 
 
 def _losses(model: ScoreModel, data: RankedStore, comparisons: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:

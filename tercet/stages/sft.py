@@ -13,7 +13,7 @@ from torch import Tensor
 from tercet.algo.losses import sft_loss
 from tercet.config.training import TrainingConfig
 from tercet.data.batches import TokenStore, batch_indices, microbatches
-from tercet.data.template import Template, require_response
+from tercet.data.template import Template, tokenise
 from tercet.models.roles import Policy
 from tercet.runtime.stage import StageRun
 from tercet.stages.supervised import train
@@ -32,8 +32,8 @@ def train_sft(
     seed: int,
 ) -> dict[str, float]:
     """Train `policy` in place and return the figures for the summary."""
-    store, truncated = tokenise(train_records, template, run.name, config.max_length)
-    eval_store, _ = tokenise(held_out, template, run.name, config.max_length)
+    store, truncated = tokenise_demonstrations(train_records, template, run.name, config.max_length)
+    eval_store, _ = tokenise_demonstrations(held_out, template, run.name, config.max_length)
     lengths, targets = store.lengths, _targets(store, loss_on)
 
     def loss(sequences: Sequences, count: int) -> Tensor:
@@ -66,12 +66,11 @@ def train_sft(
     return figures | {f"{run.name}.{name}": value for name, value in last.items()}
 
 
-def tokenise(records: Sequence[Demonstration], template: Template, stage: str, max_length: int) -> tuple[TokenStore, int]:
+def tokenise_demonstrations(
+    records: Sequence[Demonstration], template: Template, stage: str, max_length: int
+) -> tuple[TokenStore, int]:
     """The records as token rows, and how many of them had to be cut; `stage` is the section that says max_length."""
-    encoded = [template.encode(record.prompt, record.response, max_length=max_length, origin=record.origin) for record in records]
-    for record, (row, _, _) in zip(records, encoded):
-        require_response(row, stage, max_length, record.origin)
-    return TokenStore.build(one.row for one in encoded), sum(one.truncated or one.prompt_cut for one in encoded)
+    return tokenise(template, [(record.prompt, record.response, record.origin) for record in records], stage, max_length)
 
 
 def _targets(store: TokenStore, loss_on: str) -> NDArray[np.int64]:

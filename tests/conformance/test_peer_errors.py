@@ -359,8 +359,8 @@ def test_row_22_cut_texts_get_no_false_end() -> None:
     assert len(cut.row.ids) == 9 and template.eos_id not in cut.row.ids and cut.truncated and not cut.row.finished
     long = " ".join(tiny.WORDS * 3)
     stores = [
-        sft.tokenise([Demonstration("what", long), Demonstration("what", "rain")], template, "sft", 12)[0],
-        reward.tokenise([Comparison("what", (long, "rain"), (0, 1))], template, 12).store,
+        sft.tokenise_demonstrations([Demonstration("what", long), Demonstration("what", "rain")], template, "sft", 12)[0],
+        reward.tokenise_comparisons([Comparison("what", (long, "rain"), (0, 1))], template, 12).store,
     ]
     for store in stores:
         rows = store.sequences([0, 1])

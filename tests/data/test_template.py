@@ -1,5 +1,7 @@
 """Where the prompt ends and the response begins. Expected ids are read off the hand-written vocabularies below."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,3 +202,25 @@ def test_response_text_drops_special_tokens_and_ids_without_a_token() -> None:
     assert response_text([14, 8, 16, 2], tokenizer) == " Water."  # 8 is a hole in the vocabulary
     assert response_text([10**6, 14, 2**40, -1], tokenizer) == " Water"
     assert response_text([], tokenizer) == ""
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+@pytest.mark.parametrize("make", [lambda: word_tokenizer("<s> $A"), prefixing_tokenizer])
+def test_many_at_once_are_as_one_by_one(make: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that come twice, texts without a prompt, and more texts than the tokenizer is given at once."""
+    tokenizer = make()
+    tokenizer.chat_template = CHATML
+    longest = {"plain": 4, "chat": 64}[kind]
+    template = Template(tokenizer, kind, max_prompt_length=longest)
+    asked = ["a", "What is rain?", "", "a", " b", "What", "", "a b", "What is rain?"]
+    texts = [
+        (prompt, response, f"f:{i}") for i, (prompt, response) in enumerate(zip(asked, ["b", "Water.", "a", "a a", "b"] * 2))
+    ]
+    one_by_one = [template.encode(prompt, response, max_length=longest + 4, origin=origin) for prompt, response, origin in texts]
+    assert len({one.row for one in one_by_one}) > 6
+    prompts = [template.prompt_ids(prompt, origin) for prompt, _, origin in texts]
+    for at_once in (1, 2, 100):
+        monkeypatch.setattr("tercet.data.template.AT_ONCE", at_once)
+        assert list(template.encode_all(iter(texts), max_length=longest + 4)) == one_by_one
+        assert template.prompts_ids((prompt, origin) for prompt, _, origin in texts) == prompts
+    assert list(template.encode_all([])) == [] == template.prompts_ids([])

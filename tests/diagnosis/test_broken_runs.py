@@ -137,7 +137,11 @@ BREAKS: dict[str, tuple[str, Change, set[str]]] = {
     ),
     # PPO stops in its second iteration, because all responses are empty; the verdict says what led to it.
     "learning rate x 100": ("ppo", lambda clinic: {"ppo": {"learning_rate": 5e-2}}, {"step_size"}),
-    "learning rate / 5000": ("ppo", lambda clinic: {"ppo": HALF | {"learning_rate": 1e-7}}, {"kl_none", "score_flat", "win_rate_even"}),
+    "learning rate / 5000": (
+        "ppo",
+        lambda clinic: {"ppo": HALF | {"learning_rate": 1e-7}},
+        {"kl_none", "score_flat", "win_rate_even"},
+    ),
     "value model off": ("ppo", lambda clinic: {"ppo": HALF | {"value_learning_rate": 1e-12}}, {"value_model"}),
     "a constant reward": ("ppo", lambda clinic: rewarded(clinic, "constant", **HALF), {"score_constant", "score_flat"}),
     "a reward for length": (

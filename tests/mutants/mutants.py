@@ -308,16 +308,16 @@ TEMPLATE: list[Row] = [
     ("a long prompt keeps its beginning", "head + ids[len(ids) - (limit - len(head)) :]", "head + ids[len(head) : limit]"),
     ("a long prompt loses its BOS", "head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []", "head = ids[:0]"),
     ("a space is added to a space", "prompt[-1].isspace() or response[0].isspace()", "prompt[-1].isspace()"),
-    ("a second BOS", "if self.bos_id is not None and ids[:1] != [self.bos_id]:", "if self.bos_id is not None:"),
-    ("no BOS", "            ids.insert(0, self.bos_id)", "            pass"),
+    ("a second BOS", "if self.bos_id is None or ids[:1] == [self.bos_id] else", "if self.bos_id is None else"),
+    ("no BOS", "else [self.bos_id, *ids]", "else ids"),
     ("the stop token of the text itself is dropped", "return response_ids[: first + 1]", "return response_ids[:first]"),
     ("a second EOS", "if stops and not str(self.tokenizer.decode(", "if False and not str(self.tokenizer.decode("),
     (
         "prompt and response are tokenised together",
-        "ids = prompt_ids + self._end(self._response_ids(prompt, response, origin))",
-        "ids = self._ids(str(self.tokenizer.decode(prompt_ids)) + seam(prompt, response, ) + response) + [self.eos_id]",
+        "ids = prompt_ids + self._end(next(later if continues else first))",
+        "ids = self._ids([self.tokenizer.decode(prompt_ids + next(later if continues else first))])[0] + [self.eos_id]",
     ),
-    ("a tokenizer's own space gets into the middle", 'self.separator) + response, after="\\n")', "self.separator) + response)"),
+    ("a tokenizer's own space gets into the middle", "self.separator) + response, True", "self.separator) + response, False"),
     ("special tokens show in the text", "skip_special_tokens=True", "skip_special_tokens=False"),
     (
         "the prompt's boundary is one too late",
@@ -326,9 +326,10 @@ TEMPLATE: list[Row] = [
     ),
     (
         "a prompt is ended by EOS",
-        "alone: list[int] = list(self.tokenizer(text, add_special_tokens=False).input_ids)",
-        "alone: list[int] = list(self.tokenizer(text).input_ids)",
+        '{"add_special_tokens": False, "return',
+        '{"return',
     ),
+    ("answers to earlier prompts", "next(later if continues else first)", "next(first if continues else later)"),
     ("the model's stop ids are forgotten", "frozenset({self.eos_id, *map(int, stop_ids)})", "frozenset({self.eos_id})"),
 ]
 

@@ -15,7 +15,7 @@ import torch
 from tercet.config.training import RewardConfig
 from tercet.data.records import judge_split
 from tercet.models.roles import ScoreModel
-from tercet.stages.reward import normalise, score_pairs, score_responses, tokenise, train_reward_model
+from tercet.stages.reward import normalise, score_pairs, score_responses, tokenise_comparisons, train_reward_model
 from tercet.types import Comparison, Sequences, TercetError
 
 RECORDS = [
@@ -125,20 +125,20 @@ def test_equal_scores_count_half(tmp_path: Path, template: Any) -> None:
     reward = model()
     reward.head.weight.data.zero_()
     run = tiny.run_of(tmp_path, "reward")
-    data = tokenise(RECORDS, template, 64)
+    data = tokenise_comparisons(RECORDS, template, 64)
     assert [pair["correct"] for pair in score_pairs(data, score_responses(run, reward, data))] == [0.5] * 9
 
 
 def test_eos_is_part_of_the_scored_text(template: Any) -> None:
     """Section 3, row 8: the score changes with the end token; a truncated text has none (row 22)."""
-    data = tokenise([RECORDS[0]], template, 64)
+    data = tokenise_comparisons([RECORDS[0]], template, 64)
     sequences = data.store.sequences([0])
     assert int(sequences.input_ids[0, -1]) == template.eos_id
     shorter = Sequences(sequences.input_ids[:, :-1], sequences.prompt_lens, sequences.response_lens - 1, torch.tensor([False]))
     reward = model()
     with torch.no_grad():
         assert abs(float(reward(sequences)) - float(reward(shorter))) > 1e-3
-    cut = tokenise([RECORDS[0]], template, 8)
+    cut = tokenise_comparisons([RECORDS[0]], template, 8)
     assert cut.truncated == 4 or cut.truncated > 0
     assert not cut.store.sequences([2]).finished[0] and template.eos_id not in cut.store.sequences([2]).input_ids[0].tolist()
 

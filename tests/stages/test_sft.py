@@ -14,7 +14,7 @@ from torch import Tensor
 from tercet.config.training import SFTConfig
 from tercet.data.batches import batch_indices
 from tercet.models.roles import Policy
-from tercet.stages.sft import tokenise, train_sft
+from tercet.stages.sft import tokenise_demonstrations, train_sft
 from tercet.types import Demonstration, TercetError
 
 RECORDS = [
@@ -88,8 +88,8 @@ def test_loss_on_all_tokens_is_another_loss(template: Any) -> None:
 
 def test_every_whole_response_ends_with_eos_and_no_cut_one_does(template: Any) -> None:
     """Section 3, row 22."""
-    store, truncated = tokenise(RECORDS, template, "sft", 12)
-    whole, _ = tokenise(RECORDS, template, "sft", 64)
+    store, truncated = tokenise_demonstrations(RECORDS, template, "sft", 12)
+    whole, _ = tokenise_demonstrations(RECORDS, template, "sft", 64)
     cut = [length > 12 for length in whole.lengths]
     assert truncated == sum(cut) and 0 < sum(cut) < len(RECORDS)
     sequences = store.sequences(list(range(len(RECORDS))))
@@ -102,7 +102,7 @@ def test_every_whole_response_ends_with_eos_and_no_cut_one_does(template: Any) -
 
 def test_a_text_record_counts_every_token_but_its_first(tmp_path: Path, template: Any) -> None:
     text = RECORDS[3]
-    store, _ = tokenise([text], template, "sft", 64)
+    store, _ = tokenise_demonstrations([text], template, "sft", 64)
     assert store.prompt_lens.tolist() == [1]
     ids = template.tokenizer(text.response).input_ids
     assert store.ids.tolist() == [*ids, template.eos_id]
@@ -129,7 +129,7 @@ def test_each_record_comes_once_an_epoch(tmp_path: Path) -> None:
 def test_a_prompt_that_fills_the_length_is_an_error_with_its_row(template: Any) -> None:
     record = Demonstration("what is rain " * 10, "water", origin="data.jsonl:7")
     with pytest.raises(TercetError, match=r"data.jsonl:7: no token of the response is left.* sft.max_length is 8"):
-        tokenise([record], template, "sft", 8)
+        tokenise_demonstrations([record], template, "sft", 8)
 
 
 def test_dropout_acts_while_training_and_never_in_evaluation(tmp_path: Path, template: Any) -> None:
