@@ -134,10 +134,7 @@ class Template:
 
     def prompts_ids(self, prompts: Iterable[tuple[Text, str]]) -> list[PromptIds]:
         """The same for many (prompt, origin) at once: many times faster, as the tokenizer works on all cores, and on each text once."""
-        texts = [self._prompt_text(prompt, origin) for prompt, origin in prompts]
-        distinct = list(dict.fromkeys(text for text, _ in texts))
-        found = dict(zip(distinct, self._ids(distinct)))
-        return [self._fit(self._begun(found[text]) if begins else found[text]) for text, begins in texts]
+        return self._prompts([self._prompt_text(prompt, origin) for prompt, origin in prompts])
 
     def encode(self, prompt: Text, response: str, *, max_length: int | None = None, origin: str = "") -> Encoded:
         """prompt ids + response ids + EOS, cut to `max_length` tokens; a cut text has no EOS and finished False.
@@ -155,11 +152,11 @@ class Template:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
         remaining = iter(texts)
         while some := list(islice(remaining, AT_ONCE)):
-            prompts = self.prompts_ids((prompt, origin) for prompt, _, origin in some)
-            responses = [self._response_text(*one) for one in some]
+            asked = [self._prompt_text(prompt, origin) for prompt, _, origin in some]
+            responses = [self._response_text(*one, before) for one, (before, _) in zip(some, asked)]
             first = iter(self._ids([text for text, continues in responses if not continues]))
             later = iter(self._continued([text for text, continues in responses if continues]))
-            for (prompt_ids, prompt_cut), (_, continues) in zip(prompts, responses):
+            for (prompt_ids, prompt_cut), (_, continues) in zip(self._prompts(asked), responses):
                 ids = prompt_ids + self._end(next(later if continues else first))
                 truncated = max_length is not None and len(ids) > max_length
                 ids = ids[:max_length] if truncated else ids
@@ -177,15 +174,20 @@ class Template:
             )
         return prompt, True
 
-    def _response_text(self, prompt: Text, response: str, origin: str) -> tuple[str, bool]:
-        """A response as it stands after its prompt, and whether there is one that it continues."""
+    def _prompts(self, texts: Sequence[tuple[str, bool]]) -> list[PromptIds]:
+        """Ids of what _prompt_text gives."""
+        distinct = list(dict.fromkeys(text for text, _ in texts))
+        found = dict(zip(distinct, self._ids(distinct)))
+        return [self._fit(self._begun(found[text]) if begins else found[text]) for text, begins in texts]
+
+    def _response_text(self, prompt: Text, response: str, origin: str, before: str) -> tuple[str, bool]:
+        """A response as it stands after its prompt's text `before`, and whether there is a prompt that it continues."""
         if prompt == "":
             return response, False
         if self.kind == "plain":
             return seam(str(prompt), response, self.separator) + response, True
-        turns = _turns(prompt)
-        before = self._render(turns, origin, add_generation_prompt=True)
-        whole = self._render([*turns, {"role": "assistant", "content": response}], origin, add_generation_prompt=False)
+        turns = [*_turns(prompt), {"role": "assistant", "content": response}]
+        whole = self._render(turns, origin, add_generation_prompt=False)
         if not whole.startswith(before):
             where = f"{origin}: " if origin else ""
             raise TercetError(
