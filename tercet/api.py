@@ -23,7 +23,7 @@ def run(config: Any, *, model: Any = None, tokenizer: Any = None, reward: Callab
 def train_sft(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:
     """Stage 1 alone (after pretraining, where the model is from scratch)."""
     pipeline = _pipeline(config, model, tokenizer, None)
-    return pipeline.run([stage for stage in ("pretrain", "sft") if stage in pipeline.stages()])
+    return pipeline.run([stage for stage in ("pretrain", "sft") if stage in pipeline.stages() or stage == "sft"])
 
 
 def train_reward(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:

@@ -19,7 +19,7 @@ from tercet.config import Config
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 # Bumped when a stage's results change for the same configuration and data; tests/test_golden.py holds the results.
-VERSIONS = {"pretrain": 3, "sft": 4, "reward": 2, "ppo": 3, "evaluate": 3}
+VERSIONS = {"pretrain": 3, "sft": 4, "reward": 3, "ppo": 3, "evaluate": 3}
 
 _SAMPLING = ["ppo.temperature", "ppo.max_new_tokens", "ppo.stop", "ppo.truncate_after", "data.prompts", "data.eval_prompts"]
 _COMMON = ["model", "seed", "machine.dtype", "data.max_prompt_length", "data.held_out"]
@@ -33,6 +33,8 @@ _DEPENDS = {
 }
 # What evaluations inside the PPO stage depend on beside that; the rest of the section is of the stage after it.
 _INSIDE = [f"evaluation.{name}" for name in ("prompts", "greedy", "judges", "gold", "group_by", "main_group")]
+# And the card of a reward model from elsewhere, which is written there.
+_CARD = ["reward", "data.comparisons", "data.eval_comparisons", "data.held_out"]
 _NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit")
 # What may be named by a path here: folders with a model, "file.py:name". Their contents count, and not where they are kept.
 _PATHS: tuple[str, ...] = ("model.name", "reward.use", "ppo.policy", "ppo.value_model", "ppo.rewards")
@@ -49,6 +51,7 @@ def fingerprints(
     contents, folders = cache(_contents), cache(_contents_of_folder)  # several stages read the same files
     for stage in stages:
         depends = [*_DEPENDS[stage], *(_INSIDE if stage == "ppo" and config.ppo.evaluate_every else [])]
+        depends += _CARD if stage == "evaluate" and config.reward.use is not None else []
         keys = [key for key in flat if _under(key, depends) and key not in _NO_EFFECT]
         settings: dict[str, Any] = {}
         data: dict[str, Any] = {}

@@ -138,6 +138,7 @@ class Pipeline:
     def _execute(self, stages: Sequence[str], redo: Sequence[str], records: dict[str, Any]) -> None:
         from tercet.jobs.evaluation import run_evaluate
         from tercet.jobs.outlook import measure, outlook
+        from tercet.jobs.preflight import check_models
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
         from tercet.runtime.checkpoint import seed_everything
         from tercet.runtime.files import write_json, write_text
@@ -148,7 +149,10 @@ class Pipeline:
 
         jobs = {"pretrain": run_pretrain, "sft": run_sft, "reward": run_reward, "ppo": run_ppo, "evaluate": run_evaluate}
         with Interrupt().listening() as interrupt:
+            known = self._known_base
             shop = self.workshop(interrupt)
+            if known is None:  # it has just been made: what could not be looked at before
+                check_models(self.config, stages, shop.base, records)
             if shop.world.is_main:
                 write_text(self.folder / "config.yaml", to_yaml(self.config))
                 lengths = measure(records, shop.config, shop.template)
@@ -245,13 +249,17 @@ class Pipeline:
 
         if "ppo" in stages or "evaluate" in stages:
             self._check_rewards()
-        made = self.config.model.scratch is None or Path(self._base).exists()
-        return inspect(self.config, stages, self._base if made else None, [*functions_of(self.config), *self._callables])
+        return inspect(self.config, stages, self._known_base, [*functions_of(self.config), *self._callables])
 
     @property
     def _base(self) -> str:
         """The pretrained model: this run's own where it is from scratch."""
         return str(self.folder / "pretrain/model") if self.config.model.scratch else str(self.config.model.name)
+
+    @property
+    def _known_base(self) -> str | None:
+        """The same, None while it is not made yet."""
+        return self._base if self.config.model.scratch is None or Path(self._base).exists() else None
 
     def _clear(self, stages: Sequence[str], is_main: bool) -> None:
         """Remove the stages' folders, once all ranks have looked at what is in them."""
@@ -294,12 +302,13 @@ class Pipeline:
     def _check_rewards(self) -> None:
         if self.config.data.prompts and not (self.config.ppo.rewards or self._callables):
             raise TercetError("ppo.rewards is empty: name a term, or call tercet.run(config, reward=function)")
-        uses_stage = any(term.kind == "stage" for term in self.config.ppo.rewards)
+        terms = [*self.config.ppo.rewards, *self.config.evaluation.judges.values()]
+        uses_stage = any(term.kind == "stage" for term in terms)
         available = self.config.data.comparisons or self.config.reward.use
         if self.config.data.prompts and uses_stage and not available:
             raise TercetError(
-                "ppo.rewards uses the reward model of stage 2, but there is neither data.comparisons nor reward.use: give one of them, "
-                "or another reward: ppo.rewards=[{kind: function, function: rewards.py:score}]"
+                "ppo.rewards or evaluation.judges uses the reward model of stage 2, but there is neither data.comparisons nor reward.use: "
+                "give one of them, or another reward: ppo.rewards=[{kind: function, function: rewards.py:score}]"
             )
 
 

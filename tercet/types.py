@@ -146,6 +146,12 @@ class Sequences:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 
+    def rows(self) -> list[TokenRow]:
+        """The texts one by one, without pads."""
+        columns = (self.input_ids, self.prompt_lens, self.response_lens, self.finished)
+        each = zip(*(column.tolist() for column in columns))
+        return [TokenRow(tuple(ids[: before + after]), before, finished) for ids, before, after, finished in each]
+
     @staticmethod
     def from_rows(rows: Sequence[TokenRow]) -> Sequences:
         """Pad tokenised texts on the right with id 0."""

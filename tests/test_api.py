@@ -84,6 +84,22 @@ def test_stages_before_ppo_ask_for_no_reward(settings: dict[str, Any], tmp_path:
         tercet.train_ppo(settings)
 
 
+def test_sft_without_demonstrations_is_no_success(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"output": str(tmp_path / "run"), "data": {**settings["data"], "sft": None}}
+    settings["model"] = {"name": "gpt2"}
+    with pytest.raises(TercetError, match="sft: the configuration has no data for this stage"):
+        tercet.train_sft(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_is_the_reward_model_needs_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"output": str(tmp_path / "run"), "data": {**settings["data"], "comparisons": None}}
+    settings["evaluation"] |= {"judges": {"mine": {"kind": "stage"}}}
+    with pytest.raises(TercetError, match="evaluation.judges uses the reward model of stage 2"):
+        tercet.run(settings, reward=count_calls)
+    assert not (tmp_path / "run").exists()
+
+
 def test_ppo_on_a_function_needs_no_reward_model(settings: dict[str, Any], partial_run: Partial) -> None:
     folder = partial_run("pretrain", "sft")
     settings |= {"output": str(folder), "ppo": {**settings["ppo"], "iterations": 1}}

@@ -12,7 +12,9 @@ from tercet.config.section import Path, Section, setting
 Count = Annotated[int, Field(ge=1)]
 # What evaluation itself calls the columns of a response and the judges that it makes, and the policies.
 _TAKEN = {"score", "judge", "bag_of_words", "gold", "kl", "entropy", "place", "response", "ids", "length", "finished"}
-_TAKEN |= {"surprisal", "draw", "win_rate", "perplexity", "base", "sft", "ppo", "best"}
+_TAKEN |= {"surprisal", "draw", "win_rate", "lc_win_rate", "perplexity", "distinct1", "distinct2", "repetition"}
+_TAKEN |= {"base", "sft", "ppo", "best"}
+_ENDINGS = ("_std", "_low", "_high")  # of a figure's spread and interval
 
 
 class EvaluationConfig(Section):
@@ -40,6 +42,9 @@ class EvaluationConfig(Section):
             taken = next((name for name in names if name in _TAKEN), None)
             if taken is not None:
                 raise ValueError(f"{field}: the name {taken!r} means something else already: call it my_{taken}, for example")
+            ending = next((name for name in names if name.endswith(_ENDINGS)), None)
+            if ending is not None:
+                raise ValueError(f"{field}: the name {ending!r} ends as a figure's spread or interval does: choose another")
         odd = next(
             (name for name in self.policies if not name.replace("_", "").replace("-", "").isalnum() or name in self.judges), None
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tercet.types import Sequences, TokenRow
+
+Item = TypeVar("Item")
 
 
 class TokenStore:
@@ -56,6 +60,13 @@ class TokenStore:
             input_ids[i, : len(ids)] = torch.from_numpy(ids)
         prompt_lens = torch.from_numpy(self.prompt_lens[rows].astype(np.int64))
         return Sequences(input_ids, prompt_lens, lengths - prompt_lens, torch.from_numpy(self.finished[rows].astype(np.bool_)))
+
+
+def in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last of which may be shorter."""
+    remaining = iter(items)
+    while part := list(islice(remaining, size)):
+        yield part
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:

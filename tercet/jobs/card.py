@@ -22,16 +22,19 @@ from tercet.algo.calibration import (
     wilson,
 )
 from tercet.algo.statistics import cluster_interval
+from tercet.data.batches import in_parts
 from tercet.data.records import read_demonstrations, sides
 from tercet.generation.sampling import uniforms
 from tercet.jobs.comparisons import ComparisonSets, comparison_sets
-from tercet.jobs.workshop import Workshop
+from tercet.jobs.workshop import Workshop, prompt_records
+from tercet.models.load import context_length
 from tercet.models.roles import ScoreModel
 from tercet.runtime.files import write_json
 from tercet.scoring.bag_of_words import BagOfWords
 from tercet.scoring.model import scores_of
 from tercet.stages.reward import accuracy_interval, score_pairs, score_responses, tokenise_comparisons
-from tercet.types import Comparison, Sequences
+from tercet.stages.rollout import prompt_rows
+from tercet.types import Comparison, Sequences, TokenRow
 
 Figures = dict[str, Any]
 Pair = Mapping[str, Any]
@@ -61,7 +64,7 @@ def write_card(
         card["bag_of_words_accuracy"] = BagOfWords(sets.train).accuracy(sets.held_out)
     gain, bias = scale
     scored = {name: [gain * pair[key] + bias for pair in pairs] for name, key in (("chosen", "better"), ("rejected", "worse"))}
-    scored["demonstrations"] = _scores(shop, model, _demonstrations(shop))
+    scored["demonstrations"] = _scores(shop, model, _demonstrations(shop, model))
     scored["sft"] = _scores(shop, model, samples)
     card["histograms"] = histograms({name: values for name, values in scored.items() if values})
     if shop.world.is_main:
@@ -113,10 +116,11 @@ def accuracy_figures(pairs: Sequence[Pair], held_out: Sequence[Comparison], seed
     figures["by_margin"] = [asdict(one) for one in margin_bins(differences)]
     sources = [str(held_out[pair["comparison"]].fields.get("source", "")) for pair in pairs]
     if any(sources):
-        named = sorted(set(sources), key=lambda name: (-sources.count(name), name))[:MOST_SOURCES]
-        figures["by_source"] = [
-            _share(correct[[i for i, s in enumerate(sources) if s == name]]) | {"source": name} for name in named
-        ]
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(sources):
+            places.setdefault(name, []).append(place)
+        named = sorted(places, key=lambda name: (-len(places[name]), name))[:MOST_SOURCES]
+        figures["by_source"] = [_share(correct[places[name]]) | {"source": name} for name in named]
     return figures
 
 
@@ -163,18 +167,24 @@ def sft_samples(shop: Workshop) -> Sequences | None:
     count = shop.config.reward.normalise_samples
     if count == 0 or shop.config.data.prompts is None:
         return None
-    prompts = shop.prompts(held_out=False)
+    records, seed = prompt_records(shop.config, held_out=False), shop.config.seed
+    chosen = [records[place] for place in prompt_rows(len(records), count, seed, 0)]
+    ids = [prompt.ids for prompt in shop.template.prompt_ids_all((record.prompt, record.origin) for record in chosen)]
     policy = shop.load_policy(shop.sft_source, frozen=True)
-    ids = [prompts.ids[i % len(prompts)] for i in range(count)]
-    numbers = uniforms(shop.config.seed, "normalisation", 0, range(count), shop.config.ppo.max_new_tokens)
-    return shop.generator(policy).sample(ids, numbers)
+    generator = shop.generator(policy)
+    rows: list[TokenRow] = []
+    for places in in_parts(range(count), shop.config.ppo.rollout_batch_size):
+        numbers = uniforms(seed, "normalisation", 0, torch.tensor(places), shop.config.ppo.max_new_tokens)
+        rows += generator.sample([ids[place] for place in places], numbers).rows()
+    return Sequences.from_rows(rows).to(policy.device)
 
 
-def _demonstrations(shop: Workshop) -> Sequences | None:
+def _demonstrations(shop: Workshop, model: ScoreModel) -> Sequences | None:
     """Held-out demonstrations as stage 2 reads texts; the first training ones where none were held out."""
     data, limit = shop.config.data, shop.config.reward.max_length
     if data.sft is None:
         return None
+    limit = min(limit, context_length(model.model) or limit)  # comparisons may all be shorter than what the stage allows
     train, held_out = sides(read_demonstrations, data.sft, data.eval_sft, data.held_out)
     records = (held_out or train)[:MOST_DEMONSTRATIONS]
     texts = ((record.prompt, record.response, record.origin) for record in records)

@@ -110,7 +110,7 @@ def _lengths(name: str, records: Sequence[Any], config: Config, template: Templa
     """Of at most LOOKED_AT records, evenly spread over the source."""
     sample = records[:: math.ceil(len(records) / LOOKED_AT)]
     if name == "prompts":
-        prompts = template.prompts_ids((record.prompt, record.origin) for record in sample)
+        prompts = list(template.prompt_ids_all((record.prompt, record.origin) for record in sample))
         sizes = [len(prompt.ids) for prompt in prompts]
         return Lengths(max(sizes), sum(sizes) / len(sizes), len(sizes), 0, sum(prompt.was_cut for prompt in prompts))
     limit = {"pretrain": config.pretrain, "sft": config.sft, "comparisons": config.reward}[name].max_length

@@ -85,12 +85,7 @@ def _check(
     if stages:
         resolve(config.machine.device, config.machine.dtype, 1, 1, parameters=0)  # a device that is not there
         check_installed(config.trackers)
-        records = {
-            stage: [record for name in names for record in sources.get(name, ())]
-            for stage, (_, names) in STAGE_DATA.items()
-            if stage in stages
-        }
-        check_models(config, stages, base, records)
+        check_models(config, stages, base, sources)
 
 
 def _check_fields(function: RewardFunction, name: str, prompts: Iterable[Prompt]) -> None:
@@ -113,7 +108,7 @@ def _check_fields(function: RewardFunction, name: str, prompts: Iterable[Prompt]
             ) from None
 
 
-def check_models(config: Config, stages: Sequence[str], base: str | None, records: Records) -> None:
+def check_models(config: Config, stages: Sequence[str], base: str | None, sources: Sources) -> None:
     """TercetError for what can be known to be wrong with models and texts. `base`: None while a scratch model is not made yet.
 
     Checkpoints from elsewhere are loaded for it, one after the other: seconds, against the hours of the stages before them.
@@ -121,6 +116,11 @@ def check_models(config: Config, stages: Sequence[str], base: str | None, record
     _check_classifier_exists(config, stages)
     if "ppo" in stages or "evaluate" in stages:
         _check_group(config)
+    records = {
+        stage: [record for name in names for record in sources.get(name, ())]
+        for stage, (_, names) in STAGE_DATA.items()
+        if stage in stages
+    }
     conversations = [record for stage in records for record in records[stage] if not isinstance(record.prompt, str)]
     if config.model.template == "plain" and conversations:
         raise TercetError(
@@ -211,7 +211,8 @@ def _check_lengths(config: Config, template: Template, base: str, records: Recor
     text_config = AutoConfig.from_pretrained(base, trust_remote_code=config.model.trust_remote_code).get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     longest_prompt = config.data.max_prompt_length
-    for stage, limit in (("sft", config.sft.max_length), ("reward", config.reward.max_length)):
+    limits = {"pretrain": config.pretrain.max_length, "sft": config.sft.max_length, "reward": config.reward.max_length}
+    for stage, limit in limits.items():
         if longest_prompt < limit and (positions is None or limit <= positions):
             continue
         texts = [(one.prompt, response, one.origin) for one in records.get(stage, ()) for response in _responses(one)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -176,9 +177,9 @@ class Workshop:
     def prompts(self, *, held_out: bool) -> PromptSet:
         """The prompts to train on, or those held out (all of them where none could be held out)."""
         records = prompt_records(self.config, held_out=held_out)
-        found = self.template.prompts_ids((record.prompt, record.origin) for record in records)
+        found = self.template.prompt_ids_all((record.prompt, record.origin) for record in records)
         return PromptSet(
-            [prompt.ids for prompt in found],
+            [array("i", prompt.ids) for prompt in found],  # a list would take ten times as much for each token
             [record.prompt for record in records],
             [record.fields for record in records],
             lambda row: response_text(row, self.tokenizer),

@@ -211,7 +211,7 @@ def _answer(
     if draws is not None or not sampling.greedy:
         apart = torch.tensor([number * _DRAWS_APART + place for place, number in zip(places, draws or [0] * len(places))])
         numbers = uniforms(sampling.seed, "evaluation", int(draws is not None), apart, sampling.max_new_tokens)
-    sequences = generator.sample([prompts.ids[place] for place in places], numbers)
+    sequences = generator.sample([list(prompts.ids[place]) for place in places], numbers)
     texts = prompts.texts_of(sequences, places)
     columns: dict[str, list[Any]] = {"score": judges.score.score(sequences, texts).tolist()}
     columns |= {name: scorer.score(sequences, texts).tolist() for name, scorer in judges.others.items()}

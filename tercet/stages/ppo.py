@@ -141,7 +141,7 @@ def check_first_rollout(
 
 
 @torch.no_grad()
-def _largest_logit(policy: Policy, prompt: list[int]) -> float:
+def _largest_logit(policy: Policy, prompt: Sequence[int]) -> float:
     """The largest absolute logit after a prompt's first tokens: what rounding does to log-probabilities is in proportion to it."""
     with policy.autocast():
         logits = policy.model(input_ids=torch.tensor([prompt[:16]], device=policy.device), use_cache=False).logits

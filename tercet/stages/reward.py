@@ -14,13 +14,15 @@ from torch import Tensor
 from tercet.algo.losses import counted_prompts, normalisation, ranking_loss
 from tercet.algo.statistics import cluster_interval
 from tercet.config.training import RewardConfig
-from tercet.data.batches import TokenStore, batch_indices, microbatches, microbatches_grouped
+from tercet.data.batches import TokenStore, batch_indices, in_parts, microbatches, microbatches_grouped
 from tercet.data.template import Template, tokenise
 from tercet.models.roles import ScoreModel
 from tercet.runtime.stage import StageRun
 from tercet.scoring.model import scores_of
 from tercet.stages.supervised import train
 from tercet.types import Comparison, Sequences, TercetError
+
+AT_ONCE = 1_000  # comparisons in one table of held-out pairs
 
 
 @dataclass
@@ -56,7 +58,7 @@ def train_reward_model(
     """Train `reward_model` in place. Returns figures for the summary and a record of each held-out comparison's scores."""
     data = tokenise_comparisons(train_records, template, config.max_length)
     eval_data = tokenise_comparisons(held_out, template, config.max_length)
-    if counted_prompts(data.ranks, data.rows(range(len(data)))[1]) == 0:
+    if all(len(set(record.ranks)) == 1 for record in train_records):
         raise TercetError(
             "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
         )
@@ -127,9 +129,14 @@ def _evaluation(data: RankedStore, scores: Tensor) -> dict[str, float]:
     """Ranking loss and accuracy by those scores; nothing where there is nothing held out."""
     if len(data) == 0:
         return {}
-    loss, count, stats = ranking_loss(scores, data.ranks, data.rows(range(len(data)))[1], margins=data.margins)
-    accuracy = (stats["correct"] / stats["pairs"]).item() if stats["pairs"] else 0.5
-    return {"eval_loss": loss.item() / max(1, int(count)), "eval_accuracy": accuracy}
+    sums = torch.zeros(4, dtype=torch.float64)
+    by_size = np.argsort(np.diff(data.starts), kind="stable")  # a table is as wide as the largest of its comparisons
+    for part in in_parts(by_size, AT_ONCE):
+        rows, groups = data.rows(part)
+        loss, count, stats = ranking_loss(scores[rows], data.ranks[rows], groups, margins=data.margins[part])
+        sums += torch.stack([loss, count, stats["correct"], stats["pairs"]])
+    loss_sum, counted, correct, pairs = sums.tolist()
+    return {"eval_loss": loss_sum / max(1.0, counted), "eval_accuracy": correct / pairs if pairs else 0.5}
 
 
 def score_pairs(data: RankedStore, scores: Tensor) -> list[dict[str, Any]]:

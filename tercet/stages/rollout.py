@@ -29,7 +29,7 @@ from tercet.types import Experience, Sequences, TercetError, Text
 class PromptSet:
     """Tokenised prompts with their texts and other fields, and how to read a response back as text."""
 
-    ids: list[list[int]]
+    ids: Sequence[Sequence[int]]
     texts: list[Text]
     fields: list[Mapping[str, Any]]
     decode: Callable[[list[int]], str]
@@ -104,7 +104,7 @@ def collect(
     rows = [batch[place] for place in places]
     with stopwatch.phase("generate"):
         numbers = uniforms(seed, "rollout", iteration, places, config.max_new_tokens)
-        sequences = actors.generator.sample([prompts.ids[row] for row in rows], numbers)
+        sequences = actors.generator.sample([list(prompts.ids[row]) for row in rows], numbers)
     if sequences.policy_version != iteration:
         raise TercetError(f"iteration {iteration}: the generator sampled from policy version {sequences.policy_version}")
 

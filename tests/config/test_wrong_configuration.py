@@ -46,6 +46,8 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "ppo: {best_kl_budget: 10}", ["best_kl_budget is set but evaluate_every is 0", "try evaluate_every: 10"]),
     (G + "ppo: {best_kl_budget: 0, evaluate_every: 1}", ["ppo.best_kl_budget", "greater than 0"]),
     (G + "evaluation: {policies: {sft: a}}", ["policies: the name 'sft' means something else already", "my_sft"]),
+    (G + "evaluation: {judges: {repetition: {kind: stage}}}", ["judges: the name 'repetition' means something else already"]),
+    (G + "evaluation: {judges: {mine_std: {kind: stage}}}", ["judges: the name 'mine_std' ends as a figure's spread"]),
     (G + "evaluation: {policies: {'a b': a}}", ["policies: the name 'a b' should be letters"]),
     (G + "evaluation: {policies: {mine: a}, judges: {mine: {kind: stage}}}", ["policies: the name 'mine'", "no judge's name"]),
     (

@@ -185,6 +185,30 @@ class TestLengths:
         short = runs.write("short.jsonl", [{"prompt": "a", "response": "b"}])
         runs.run("sft", model={"name": base}, data={"sft": short}, sft={"max_length": 512})  # no text is that long: no error
 
+    @pytest.mark.parametrize("stage", ["pretrain", "sft"])
+    def test_texts_beyond_the_positions_of_a_model_from_scratch(self, runs: Any, stage: str) -> None:
+        """It is made first, and looked at before anything trains."""
+        long = runs.write("long.jsonl", [{"text": "b " * 80}] * 30)
+        scratch = {
+            "architecture": "gpt2",
+            "vocab_size": 300,
+            "options": {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64},
+        }
+        changes = {"data": {stage: long}, stage: {"max_length": 100}, "model": {"name": None, "scratch": scratch}}
+        with pytest.raises(TercetError, match=rf"long\.jsonl:1: .* has 64 positions: lower {stage}\.max_length to 64"):
+            runs.run(**changes)
+        assert not (runs.folder / "run/sft/metrics.jsonl").exists() and not (runs.folder / "run/pretrain/metrics.jsonl").exists()
+
+    def test_demonstrations_longer_than_the_reward_models_positions(self, runs: Any) -> None:
+        """They are cut at sft.max_length; for the card's histogram they are at the positions, not at reward.max_length."""
+        base = base_model(runs.folder / "base", "gpt2")  # 64 positions
+        long = runs.write("long.jsonl", [{"prompt": f"a {i}", "response": "b " * 80} for i in range(8)])
+        short = runs.write("short.jsonl", [{"prompt": f"a {i}", "chosen": "b c", "rejected": "c"} for i in range(40)])
+        lengths = {"sft": {"max_length": 64}, "reward": {"max_length": 512}}
+        folder = runs.run("sft", "reward", model={"name": base}, data={"sft": long, "comparisons": short}, **lengths)
+        card = json.loads((folder / "reward/card.json").read_text())
+        assert sum(card["histograms"]["demonstrations"]["counts"]) == 8
+
     def test_a_prompt_that_leaves_no_room_is_refused_before_training(self, runs: Any) -> None:
         pairs = runs.write("pairs.jsonl", [{"prompt": "p " * 40, "chosen": "b", "rejected": "c"}])
         with pytest.raises(TercetError, match=r"pairs\.jsonl:1: no token of the response is left: .* reward\.max_length is 20"):

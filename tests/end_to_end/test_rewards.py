@@ -146,6 +146,13 @@ class TestAFinishedRunAsStart:
         causes = {finding["cause"] for finding in figures["verdict"]}
         assert ("reward_inverted" in causes) == swapped and ("reward_good" in causes) != swapped
         assert "reward.temperature" not in figures, "after normalisation its differences are no log-odds"
+        # Other comparisons are another card, though nothing is trained on them.
+        data["eval_comparisons"] = runs.write("fewer.jsonl", asked[:30])
+        settings = {"data": data, "reward": {"use": str(earlier / "reward/model")}, "ppo": {"iterations": 1}}
+        with pytest.raises(
+            TercetError, match=r"stage evaluate was finished from something else:\n.*data\.eval_comparisons changed"
+        ):
+            runs.run(**settings)
 
     def test_of_another_vocabulary(self, runs: Any) -> None:
         """Its ids mean other texts; the score of such a model would be noise."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tercet.jobs.card import accuracy_figures, histograms, length_figures
+from tercet.config import load_config
+from tercet.generation.native import NativeGenerator
+from tercet.jobs.card import accuracy_figures, histograms, length_figures, sft_samples
+from tercet.pipeline import Pipeline
+from tercet.runtime.stage import Interrupt
 from tercet.types import Comparison
 
 
@@ -64,3 +69,21 @@ def test_histograms_share_their_bins_and_lose_nothing() -> None:
     assert found["sft"]["counts"][-1] == 1  # beyond the last edge
     assert found["chosen"]["mean"] == 499.5 and found["chosen"]["std"] == pytest.approx(288.675, abs=1e-3)
     assert histograms({}) == {} and sum(histograms({"sft": [2.0, 2.0]})["sft"]["counts"]) == 2
+
+
+def test_samples_to_normalise_on_come_from_all_over_the_file(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from its beginning, and never more at once than a rollout has."""
+    shop = Pipeline(load_config(finished_run / "config.yaml")).workshop(Interrupt())
+    sizes, sample = [], NativeGenerator.sample
+
+    def counted(self: NativeGenerator, prompts: Any, uniforms: Any) -> Any:
+        sizes.append(len(prompts))
+        return sample(self, prompts, uniforms)
+
+    monkeypatch.setattr(NativeGenerator, "sample", counted)
+    samples = sft_samples(shop)
+    assert samples is not None and sizes == [8, 8]
+    prompts = [tuple(ids) for ids in shop.prompts(held_out=False).ids]
+    places = [prompts.index(row.ids[: row.prompt_len]) for row in samples.rows()]
+    assert len(set(places)) == 16 and min(places) < len(prompts) / 4 and max(places) > len(prompts) * 3 / 4
+    assert samples.rows() == sft_samples(shop).rows()

@@ -48,3 +48,15 @@ def test_the_weights_are_the_minimum_of_the_penalised_loss():
     worse = model._matrix([c.responses[1] for c in pairs]).to_dense().double()
     loss = torch.log1p(torch.exp(-(better - worse) @ weights)).mean() + 0.05 * (weights**2).sum()
     assert torch.autograd.grad(loss, weights)[0].abs().max().item() == pytest.approx(0.0, abs=1e-4)
+
+
+def test_of_many_pairs_it_sees_an_even_share(monkeypatch):
+    """Those at the end too, where alone the word is that decides; and scores do not depend on how many are scored together."""
+    pairs = [Comparison("p", ("one two", "one four"), (0, 1))] * 300 + comparisons(300, seed=5)
+    monkeypatch.setattr("tercet.scoring.bag_of_words.MOST_PAIRS", 40)
+    model = BagOfWords(pairs)
+    assert model.accuracy(comparisons(40, seed=6)) == 1.0
+    texts = [text for c in pairs[::50] for text in c.responses]
+    whole = model.score_texts(texts)
+    monkeypatch.setattr("tercet.scoring.bag_of_words._AT_ONCE", 5)
+    assert torch.equal(model.score_texts(texts), whole) and len(model.score_texts([])) == 0

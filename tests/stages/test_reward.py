@@ -121,6 +121,17 @@ def test_held_out_figures_and_pairs(tmp_path: Path, template: Any) -> None:
     assert [p["better_tokens"] for p in pairs if p["comparison"] == 1] == [tokens]
 
 
+def test_held_out_figures_do_not_depend_on_how_many_are_in_a_table(
+    tmp_path: Path, template: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rankings of different sizes, of which one has a margin."""
+    whole, _, _ = train(model(), template, tmp_path / "whole", held_out=RECORDS)
+    monkeypatch.setattr("tercet.stages.reward.AT_ONCE", 1)
+    alone, _, _ = train(model(), template, tmp_path / "alone", held_out=RECORDS)
+    assert alone["reward.eval_loss"] == pytest.approx(whole["reward.eval_loss"], rel=1e-12)
+    assert alone["reward.eval_accuracy"] == whole["reward.eval_accuracy"]
+
+
 def test_equal_scores_count_half(tmp_path: Path, template: Any) -> None:
     reward = model()
     reward.head.weight.data.zero_()
