@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,13 @@ def _pipeline(config: Any, model: Any, tokenizer: Any, reward: Callable[..., lis
 
 def _saved(model: Any, tokenizer: Any, output: Path) -> Path:
     """Write loaded objects to a folder named after their contents, so that another model is seen to be another."""
-    temporary = output / ".base.writing"
+    temporary = output / f".base.{uuid.uuid4().hex}"  # of this process alone: every rank comes here
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in temporary.iterdir()}
     final = output / f"base-{digest(contents)[:12]}"
-    shutil.rmtree(final, ignore_errors=True)
-    return temporary.rename(final)
+    try:
+        return temporary.rename(final)
+    except OSError:  # it is there already, perhaps in use
+        shutil.rmtree(temporary, ignore_errors=True)
+        return final

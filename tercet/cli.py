@@ -132,7 +132,7 @@ def generate(
         list[str],
         typer.Option("--stage", help="sft, ppo or base; by default all there are", default_factory=list, show_default=False),
     ],
-    seed: Annotated[int, typer.Option(help="of the random numbers, shared by all stages")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the random numbers, shared by all stages")] = 0,
 ) -> None:
     """Sample responses of the run's policies side by side, with reward scores."""
     from tercet.sampler import sample_side_by_side

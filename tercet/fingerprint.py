@@ -60,6 +60,8 @@ def fingerprints(
                 data[key] = contents(flat[key])
             else:
                 settings[key] = _named(flat[key], key, data, folders) if _under(key, _PATHS) else flat[key]
+        if stage == "pretrain":
+            settings["model.scratch.positions"] = config.positions
         if stage in ("pretrain", "sft") and config.ppo.stop:
             settings["ppo.stop"] = config.ppo.stop  # special tokens among them end the texts of these stages too
         if flat["machine.dtype"] == "auto":
@@ -81,7 +83,8 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     for part, noun in (("settings", ""), ("data", "contents of "), ("upstream", "stage ")):
         before, now = there[part], wanted[part]
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
+            chosen_anew = key == "machine.dtype" and key not in now  # auto, and the run folder no longer says what it came to
+            if before.get(key) != now.get(key) and not chosen_anew:
                 changed = f"changed{_files_of(before.get(key), now.get(key))}"
                 yield f"{noun}{key} " + (f"was {before.get(key)!r}, is {now.get(key)!r}" if part == "settings" else changed)
 
@@ -109,7 +112,7 @@ def _named(value: Any, key: str, data: dict[str, Any], folders: Callable[[Path],
     if file.endswith(".py"):
         data[f"{key} {Path(file).name}"] = _contents_of_code(Path(file))
         return f"{Path(file).name}:{function}"
-    if Path(value).is_dir():
+    if not key.endswith((".kind", ".label")) and Path(value).is_dir():
         data[key] = folders(Path(value))
         return Path(value).name
     return value

@@ -70,7 +70,8 @@ class Pipeline:
         with disk_errors_explained(self.folder):
             to_do = self._to_do(chosen, redo, prints)
             self._require_upstream(stages, to_do, chosen, prints)
-            records, mistakes = self.inspect(to_do)  # before the lock: what is wrong is told without a trace in the run folder
+            # Before the lock: what is wrong is told without a trace in the run folder.
+            records, mistakes = self.inspect(to_do, anew="pretrain" in redo)
             if mistakes:
                 raise TercetError(mistakes[0])
         with disk_errors_explained(self.folder), locked(self.folder) as is_main:
@@ -243,13 +244,15 @@ class Pipeline:
                         f"stage {stage} needs stage {earlier} first: `tercet {earlier} CONFIG`, or `tercet run CONFIG` for all"
                     )
 
-    def inspect(self, stages: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """The records that these stages will use, by their key in the data section, and every mistake that can be known beforehand."""
+    def inspect(self, stages: Sequence[str], *, anew: bool = False) -> tuple[dict[str, Any], list[str]]:
+        """The records that these stages will use, by their key in the data section, and every mistake that can be known beforehand.
+        anew: a model from scratch that is there will be made again."""
         from tercet.jobs.preflight import inspect
 
         if "ppo" in stages or "evaluate" in stages:
             self._check_rewards()
-        return inspect(self.config, stages, self._known_base, [*functions_of(self.config), *self._callables])
+        base = None if anew and self.config.model.scratch else self._known_base
+        return inspect(self.config, stages, base, [*functions_of(self.config), *self._callables])
 
     @property
     def _base(self) -> str:

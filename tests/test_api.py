@@ -100,6 +100,19 @@ def test_a_judge_that_is_the_reward_model_needs_one(settings: dict[str, Any], tm
     assert not (tmp_path / "run").exists()
 
 
+def test_two_processes_may_save_the_same_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the ranks of a run do; what is there, and perhaps in use, stays."""
+    from model_zoo import bpe_tokenizer, causal_lm
+
+    from tercet import api
+
+    model, tokenizer = causal_lm("gpt2"), bpe_tokenizer()
+    first = api._saved(model, tokenizer, tmp_path)
+    (first / "in-use").touch()
+    assert api._saved(model, tokenizer, tmp_path) == first and (first / "in-use").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
 def test_ppo_on_a_function_needs_no_reward_model(settings: dict[str, Any], partial_run: Partial) -> None:
     folder = partial_run("pretrain", "sft")
     settings |= {"output": str(folder), "ppo": {**settings["ppo"], "iterations": 1}}

@@ -186,3 +186,28 @@ def test_everything_counts_that_a_model_is_read_from(name: str, project: Path) -
     before = prints_of(project)
     (project / "model" / name).write_text("b")
     assert changes(before, prints_of(project))["sft"] == [f"contents of model.name changed: {name}"]
+
+
+def test_folders_in_the_working_directory_are_not_looked_at(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project has a folder named as a kind of reward."""
+    before = prints_of(project)
+    monkeypatch.chdir(project)
+    assert prints_of(project) == before
+
+
+def test_a_precision_to_be_chosen_anew_is_no_change(project: Path) -> None:
+    """Without config.yaml, `auto` has not come to anything yet."""
+    before, after = prints_of(project, machine={"dtype": "float32"}), prints_of(project)
+    assert changes(before, after) == {}
+    assert changes(before, prints_of(project, machine={"dtype": "bfloat16"}))["sft"] == [
+        "machine.dtype was 'float32', is 'bfloat16'"
+    ]
+
+
+def test_a_model_from_scratch_depends_on_the_longest_text_of_any_stage(project: Path) -> None:
+    def pretrain(**sections: Any) -> Any:
+        values = {"model": {"scratch": {}}, "data": {"pretrain": str(project / "sft.jsonl")}, **sections}
+        return fingerprints(load_config(values), ["pretrain"])["pretrain"]
+
+    longer = pretrain(ppo={"max_new_tokens": 900})
+    assert list(differences(pretrain(), longer)) == ["model.scratch.positions was 512, is 1156"]

@@ -40,6 +40,12 @@ class Config(Section):
         [], "where metrics go beside the run folder; W&B writes files only, unless WANDB_MODE=online is set"
     )
 
+    @property
+    def positions(self) -> int:
+        """How many tokens a model from scratch must have room for."""
+        sampled = self.data.max_prompt_length + self.ppo.max_new_tokens
+        return max(sampled, self.pretrain.max_length, self.sft.max_length, self.reward.max_length)
+
     @model_validator(mode="before")
     @classmethod
     def _empty_sections_are_defaults(cls, values: Any) -> Any:

@@ -44,9 +44,7 @@ def create_scratch(config: Config, folder: Path) -> None:
         raise TercetError("model.scratch needs text to train its tokenizer on: set data.pretrain or data.sft")
     records = [*read_demonstrations(source), *(read_demonstrations(config.data.sft) if config.data.sft else [])]
     tokenizer = train_tokenizer((_whole_text(record) for record in records), scratch.vocab_size)
-    longest = config.data.max_prompt_length + config.ppo.max_new_tokens
-    positions = max(longest, config.pretrain.max_length, config.sft.max_length, config.reward.max_length)
-    model = new_causal_lm(scratch.architecture, scratch.options, tokenizer, positions=positions, seed=config.seed)
+    model = new_causal_lm(scratch.architecture, scratch.options, tokenizer, positions=config.positions, seed=config.seed)
     temporary = folder_beside(folder)
     save_policy(
         model, tokenizer, temporary, temperature=1.0, stop_ids=[tokenizer.eos_token_id], card=model_card("Random weights.")

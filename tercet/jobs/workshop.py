@@ -112,6 +112,12 @@ class Workshop:
                 return self._to_train(self.backbone(source).policy(seed=self.config.seed).eval())
             if source == self.sft_source:
                 return self.backbone(source).reference
+            adapter = adapter_folder(Path(source))
+            if self.folder in adapter.parents and adapter.exists():
+                # What was trained: of the merged checkpoint, rounded to bfloat16, a small adapter may be lost.
+                policy = self.backbone(self.sft_source).policy(adapter).eval()
+                policy.freeze()
+                return policy
         policy = Policy(self._causal_lm(source, dropout, half=self._half(frozen)), self.machine.dtype).eval()
         if policy.own_logits:
             console.print(
@@ -123,8 +129,10 @@ class Workshop:
         return policy
 
     def _to_train(self, role: Role) -> Role:
-        if self.config.machine.activation_checkpointing:
-            recompute_activations(role.model)
+        if self.config.machine.activation_checkpointing and not recompute_activations(role.model):
+            console.print(
+                "machine.activation_checkpointing: this architecture's layers cannot be computed again, so nothing is saved"
+            )
         return role
 
     def _causal_lm(self, source: str, dropout: float = 0.0, *, half: bool = False) -> PreTrainedModel:

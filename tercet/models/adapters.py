@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tercet.models.kernels import use_fast_adapters
+from tercet.models.kernels import is_linear, use_fast_adapters
 from tercet.models.load import without_weights
 from tercet.models.roles import Policy, ScoreModel, init_score_head, score_head
 from tercet.models.storage import saves_piecewise
@@ -57,10 +57,12 @@ class Backbone:
         self._size = size
         self._without_weights = functools.partial(without_weights, trust_remote_code=trust_remote_code)
 
-    def policy(self, *, seed: int) -> Policy:
-        """A policy that starts as the reference."""
+    def policy(self, folder: Path | None = None, *, seed: int = 0) -> Policy:
+        """The policy of an adapter's folder, or one that starts as the reference."""
         model = _sharing(self.reference.model)
         self._adapt(model, seed)
+        if folder is not None:
+            _read(model, folder)
         policy = Policy(model, self.reference.compute_dtype)
         policy.merge = lambda: self._merged(policy)
         return policy
@@ -112,7 +114,7 @@ class Backbone:
         from peft import LoraConfig, inject_adapter_in_model
 
         trunk, prefix = model.base_model, model.base_model_prefix
-        linear = [name for name, module in trunk.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        linear = [name for name, module in trunk.named_modules() if is_linear(module)]
         settings = LoraConfig(
             r=self._size.rank,
             lora_alpha=self._size.alpha,
@@ -123,6 +125,11 @@ class Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(settings, model)
+        for name, module in model.named_modules():  # of some mixtures of experts peft wraps a layer's fused weights instead
+            if hasattr(module, "lora_A") and not is_linear(module.base_layer):
+                raise TercetError(
+                    f"{self.source}: adapters cannot be added to {name}, which is no linear layer: train this model without model.adapter"
+                )
         use_fast_adapters(model)
         wide = torch.float64 if self.reference.compute_dtype is torch.float64 else torch.float32
         for name, parameter in model.named_parameters():

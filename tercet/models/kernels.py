@@ -79,8 +79,7 @@ class _FastLinear(nn.Linear):
         x = x.to(product_dtype(self.weight))
         if not _multiplies(x, self.out_features):
             return super().forward(x)
-        product: Tensor = _Product.apply(x, self.weight, self.bias)
-        return product
+        return _product(x, self.weight, self.bias)
 
 
 class _FastConv1D(Conv1D):
@@ -92,8 +91,7 @@ class _FastConv1D(Conv1D):
         if not _multiplies(x, self.nf):
             forwarded: Tensor = super().forward(x)
             return forwarded
-        product: Tensor = _Product.apply(x, self.weight.t(), self.bias)
-        return product
+        return _product(x, self.weight.t(), self.bias)
 
 
 def _multiplies(x: Tensor, width: int) -> bool:
@@ -104,36 +102,48 @@ def _multiplies(x: Tensor, width: int) -> bool:
 _FAST = {nn.Linear: _FastLinear, Conv1D: _FastConv1D}
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is what its class says: routers among nn.Linear's children return more than a product."""
+    if type(module) in (*_FAST, *_FAST.values()):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    found = module(module.weight.new_zeros(1, module.in_features))
+    return isinstance(found, Tensor) and found.shape == (1, module.out_features)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return rows.view(*x.shape[:-1], len(weight))  # here: a view made inside could not be added to in place
+
+
 class _Product(torch.autograd.Function):
-    """x (..., i) @ weight (o, i)^T + bias (o,), in the precision of x. A float32 weight is rounded for a bfloat16 forward and again for
+    """rows (n, i) @ weight (o, i)^T + bias (o,), in the precision of rows. A float32 weight is rounded for a bfloat16 forward and again for
     the backward product, lest half a model more be in memory between the two; autograd makes its gradient float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        product = linear_product(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return product.view(*x.shape[:-1], len(weight))
+        return linear_product(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, weight = ctx.saved_tensors
-        gradient = gradients[0].reshape(-1, len(weight))
-        for_x = for_weight = for_bias = None
+        (rows, weight), (gradient,) = ctx.saved_tensors, gradients
+        for_rows = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = linear_product(gradient, weight.to(rows.dtype).t(), None).view(*gradients[0].shape[:-1], rows.shape[1])
+            for_rows = linear_product(gradient, weight.to(rows.dtype).t(), None)
         if ctx.needs_input_grad[1]:  # in the memory layout that the weight has
             in_rows = weight.is_contiguous()
             for_weight = transposed_product(gradient, rows) if in_rows else transposed_product(rows, gradient).t()
         if ctx.needs_input_grad[2]:
             # In the gradient's own precision, summed in float32: to ask for float32 would copy all of it first.
             for_bias = gradient.sum(0)
-        return for_x, for_weight, for_bias
+        return for_rows, for_weight, for_bias
 
 
 def use_fast_adapters(model: nn.Module) -> None:
-    """Let peft's LoRA layers (no dropout, an adapter named "default") add onto the frozen layer's product in place. peft's own forward
-    casts the inputs to float32, and goes three times over the outputs."""
+    """Let peft's LoRA layers (no dropout, an adapter named "default") be part of the frozen layer's product. peft's own forward casts
+    the inputs to float32, goes three times over the outputs, and in bfloat16 loses most of a small adapter."""
     for layer in model.modules():
         if _has_adapter(layer):
             layer.forward = functools.partial(_adapted, layer)
@@ -147,44 +157,43 @@ def _adapted(layer: Any, x: Tensor) -> Tensor:
     """W x + b + scale * B A x"""
     base, down, up = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-    product: Tensor = _AdaptedProduct.apply(x, weight, base.bias, down, up, layer.scaling["default"])
-    return product
+    rows = x.to(product_dtype(weight)).reshape(-1, x.shape[-1])
+    product: Tensor = _AdaptedProduct.apply(rows, weight, base.bias, down, up, layer.scaling["default"])
+    return product.view(*x.shape[:-1], len(weight))
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x (..., i) @ weight (o, i)^T + bias (o,) + scale * (x @ down (r, i)^T) @ up (o, r)^T, with gradients of x, down and up."""
+    """rows (n, i) @ weight (o, i)^T + bias (o,) + scale * (rows @ down (r, i)^T) @ up (o, r)^T, rounded once, with gradients of rows, down
+    and up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        ctx.scale, dtype = scale, product_dtype(weight)
-        rows, weight, half = x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), down.to(dtype)
-        product = linear_product(rows, weight, None if bias is None else bias.to(dtype))
-        low = F.linear(rows, half)
-        product.addmm_(low, up.t().to(dtype), alpha=scale)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        ctx.scale, dtype = scale, rows.dtype
+        weight, low = weight.to(dtype), F.linear(rows, down.to(dtype))
         ctx.save_for_backward(rows, low, weight, down, up)
-        return product.view(*x.shape[:-1], len(weight))
+        return linear_product(rows, weight, None if bias is None else bias.to(dtype), onto=F.linear(low * scale, up.to(dtype)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, weight, down, up = ctx.saved_tensors
-        gradient = gradients[0].reshape(-1, len(weight))
+        (rows, low, weight, down, up), (gradient,) = ctx.saved_tensors, gradients
         for_low = (gradient @ up.to(low.dtype)).mul_(ctx.scale)
-        for_x = None
+        for_rows = None
         if ctx.needs_input_grad[0]:
-            for_x = linear_product(gradient, weight.t(), None).addmm_(for_low, down.to(low.dtype))
-            for_x = for_x.view(*gradients[0].shape[:-1], rows.shape[1])
+            for_rows = linear_product(gradient, weight.t(), None, onto=for_low @ down.to(low.dtype))
         for_up = (gradient.t() @ low).mul_(ctx.scale).to(up.dtype)
-        return for_x, None, None, (for_low.t() @ rows).to(down.dtype), for_up, None
+        return for_rows, None, None, (for_low.t() @ rows).to(down.dtype), for_up, None
 
 
-def recompute_activations(model: nn.Module) -> None:
-    """Let each layer keep its inputs alone for the backward pass and compute the rest anew (Chen 2016). Numbers stay the same.
+def recompute_activations(model: nn.Module) -> bool:
+    """Let each layer keep its inputs alone for the backward pass and compute the rest anew (Chen 2016). Numbers stay the same. False if
+    the model has no layers that this is known of.
 
     Not transformers' own switch: that one asks for training mode, and PPO's models are never in it.
     """
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = functools.partial(_recomputed, layer.forward)
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+    return bool(layers)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +232,11 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
     activated = {layer: activation for layer, activation in _activated(model, dtype) if layer in layers}
     forwards: dict[Any, Any] = {activation: _unchanged for activation in activated.values()}
     for layer in layers:
-        forwards[layer] = _packed(layer, rows, dtype, centred=layer is head, gelu=layer in activated)
+        if _has_adapter(layer):
+            base, down, up = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+            forwards[layer] = functools.partial(_packed_sum, forwards[base], down, up, layer.scaling["default"])
+        else:
+            forwards[layer] = _packed(layer, rows, dtype, centred=layer is head, gelu=layer in activated)
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -250,11 +263,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _packed(layer: Any, rows: int, dtype: torch.dtype, *, centred: bool, gelu: bool) -> Callable[[Tensor], Tensor]:
-    """What computes the layer's product from a rounded copy of its weight; of an adapter's layer when its parts are packed already."""
-    if _has_adapter(layer):
-        down, up = layer.lora_A["default"], layer.lora_B["default"]
-        parts = (layer.base_layer, down, up)
-        return functools.partial(_packed_sum, parts, layer.scaling["default"], dtype)
+    """What computes the layer's product from a rounded copy of its weight."""
     weight = (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach()
     weight = head_rows(weight, dtype, head_centre(weight, dtype) if centred else None)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
@@ -266,19 +275,29 @@ def _packed(layer: Any, rows: int, dtype: torch.dtype, *, centred: bool, gelu: b
     )
 
 
-def _rounded_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return F.linear(x.to(weight.dtype), weight, bias)
+def _rounded_product(weight: Tensor, bias: Tensor | None, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    if onto is None:
+        return F.linear(x.to(weight.dtype), weight, bias)
+    rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
+    return linear_product(rows, weight, bias, onto=onto.reshape(len(rows), -1)).view(onto.shape)
 
 
-def _packed_sum(parts: tuple[Any, Any, Any], scale: float, dtype: torch.dtype, x: Tensor) -> Tensor:
-    base, down, up = parts
-    x = x.to(dtype)
-    product: Tensor = base(x)
-    return product.add_(up(down(x)), alpha=scale)
+def _packed_sum(
+    base: Callable[..., Tensor], down: Callable[[Tensor], Tensor], up: Callable[[Tensor], Tensor], scale: float, x: Tensor
+) -> Tensor:
+    return base(x, onto=up(down(x) * scale))
 
 
 def _packed_product(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, after: tuple[str, list[float], str], x: Tensor
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    after: tuple[str, list[float], str],
+    x: Tensor,
+    onto: Tensor | None = None,
 ) -> Tensor:
+    if onto is not None:
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x.to(dtype), onto, weight, bias, "add")
+        return total
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *after)
     return product

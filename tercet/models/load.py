@@ -6,7 +6,9 @@ Every model loads in float32 with dropout 0 and is saved as an ordinary Hugging 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -234,14 +236,14 @@ def save_policy(
 
     The tokenizer is saved with pad = EOS where it has no pad token: harmless, because attention masks go with the ids.
     """
-    saved = AutoTokenizer.from_pretrained(_saved_tokenizer(tokenizer, folder))
+    saved = copy.deepcopy(tokenizer)  # one in use must not change under its users' feet
     if saved.pad_token is None:
         saved.pad_token = saved.eos_token
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=stop_ids, pad_token_id=saved.pad_token_id
     )
     model.save_pretrained(folder)
-    saved.save_pretrained(folder)
+    _save_tokenizer(saved, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -252,7 +254,7 @@ def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     embedding gets a row of its own for it, behind all rows that could be sampled, unless an earlier save has added it. Where the
     vocabulary is padded, placeholder tokens fill the gap, because a tokenizer numbers its tokens without holes.
     """
-    saved = AutoTokenizer.from_pretrained(_saved_tokenizer(tokenizer, folder))
+    saved = copy.deepcopy(tokenizer)  # one in use must not change under its users' feet
     rows, pad_id = embedding_rows(model), model.config.pad_token_id
     if pad_id is None or pad_id != rows - 1 or pad_id < len(saved) and saved.convert_ids_to_tokens(pad_id) != PAD_TOKEN:
         pad_id = rows
@@ -264,14 +266,19 @@ def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     saved.padding_side = "right"  # with pads on the left, a model with learned positions reads every text shifted
     model.config.pad_token_id = pad_id
     model.save_pretrained(folder)
-    saved.save_pretrained(folder)
+    _save_tokenizer(saved, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    # Through the disk, because a tokenizer in use must not change under its users' feet.
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As AutoTokenizer reads it: of one with code of its own transformers writes one class's name where it reads two."""
     tokenizer.save_pretrained(folder)
-    return folder
+    path = folder / "tokenizer_config.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    own = about.get("auto_map", {}).get("AutoTokenizer")
+    if isinstance(own, str):
+        about["auto_map"]["AutoTokenizer"] = [None, own] if tokenizer.is_fast else [own, None]
+        path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _set_dropout(config: Any, value: float) -> Any:

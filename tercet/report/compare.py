@@ -16,7 +16,7 @@ from tercet.report.findings import Finding, judged_by
 from tercet.report.frontier import line_of_gains, root_ticks
 from tercet.report.load import RunData, load_run, records
 from tercet.report.page import fill, sentence, write_page
-from tercet.report.plots import COLOURS, Line, draw_line, dress, paint_svg, smooth
+from tercet.report.plots import COLOURS, Line, draw_line, dress, paint_svg, smooth, thin
 from tercet.report.tables import Table
 from tercet.report.text import percent, plain, short
 from tercet.report.verdict import verdict
@@ -165,7 +165,8 @@ def _curve(columns: Sequence[Column], key: str) -> Plot | None:
 
     def paint(axes: matplotlib.axes.Axes) -> None:
         for line in lines:
-            axes.plot(line.xs, smooth(line.ys, max(1, len(line.ys) // 20)), color=COLOURS[line.role], linewidth=1.5, zorder=3)
+            average = smooth(line.ys, max(1, len(line.ys) // 20))
+            axes.plot(*thin(line.xs, average), color=COLOURS[line.role], linewidth=1.5, zorder=3)
         dress(axes, "iteration", lines, share=curve.share)
 
     return _plot(f"curve-{key}".replace("_", "-"), curve.title, curve.note, lines, percent if curve.share else short, paint)

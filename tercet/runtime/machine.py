@@ -19,7 +19,7 @@ from tercet.errors import TercetError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # Below this many parameters a matrix product is so small that casting to bfloat16 costs more than it saves.
 _BFLOAT16_PARAMETERS = 300_000
-TINY_MODEL, _SMALL_MODEL = 300_000, 20_000_000
+TINY_MODEL, _SMALL_MODEL, _LARGE_MODEL = 300_000, 20_000_000, 200_000_000
 
 
 @dataclass(frozen=True)
@@ -240,4 +240,5 @@ def _tokens(device: torch.device, parameters: int, adapter: bool) -> int:
         return 16_384
     if parameters < _SMALL_MODEL:
         return 4_096
-    return 768 if adapter else 2_048  # beside adapters a micro-batch's activations are most of the memory
+    # Beside the adapters of a large model a micro-batch's activations are most of the memory.
+    return 768 if adapter and parameters > _LARGE_MODEL else 2_048

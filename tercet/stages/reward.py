@@ -126,9 +126,7 @@ def score_responses(run: StageRun, model: ScoreModel, data: RankedStore) -> Tens
 
 
 def _evaluation(data: RankedStore, scores: Tensor) -> dict[str, float]:
-    """Ranking loss and accuracy by those scores; nothing where there is nothing held out."""
-    if len(data) == 0:
-        return {}
+    """Ranking loss and accuracy by those scores; nothing where nothing is held out, or ties alone."""
     sums = torch.zeros(4, dtype=torch.float64)
     by_size = np.argsort(np.diff(data.starts), kind="stable")  # a table is as wide as the largest of its comparisons
     for part in in_parts(by_size, AT_ONCE):
@@ -136,7 +134,7 @@ def _evaluation(data: RankedStore, scores: Tensor) -> dict[str, float]:
         loss, count, stats = ranking_loss(scores[rows], data.ranks[rows], groups, margins=data.margins[part])
         sums += torch.stack([loss, count, stats["correct"], stats["pairs"]])
     loss_sum, counted, correct, pairs = sums.tolist()
-    return {"eval_loss": loss_sum / max(1.0, counted), "eval_accuracy": correct / pairs if pairs else 0.5}
+    return {"eval_loss": loss_sum / counted, "eval_accuracy": correct / pairs} if pairs else {}
 
 
 def score_pairs(data: RankedStore, scores: Tensor) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tercet.config import load_config
 from tercet.jobs.workshop import adapter_folder
+from tercet.pipeline import Pipeline
+from tercet.runtime.stage import Interrupt
 from tercet.types import TercetError
 
 
@@ -39,6 +41,19 @@ def test_merged_checkpoints_are_base_plus_adapter_as_peft_reads_it(adapted: Path
             scorer = PeftModel.from_pretrained(trunk, str(adapter_folder(adapted / name)))
             scorer.config.pad_token_id = merged_scorer.config.pad_token_id
             assert torch.allclose(scorer(input_ids=ids).logits, merged_scorer(input_ids=ids).logits, atol=1e-4)
+
+
+def test_what_is_evaluated_is_the_adapter_on_the_backbone(adapted: Path) -> None:
+    """In bfloat16 the merged checkpoint, rounded, may be the backbone again."""
+    shop = Pipeline(load_config(adapted / "config.yaml")).workshop(Interrupt())
+    policy = shop.load_policy(str(adapted / "ppo/model"), frozen=True)
+    held = {p.data_ptr() for p in shop.load_policy(shop.sft_source, frozen=True).parameters()}
+    own = [name for name, p in policy.named_parameters() if p.data_ptr() not in held]
+    assert own and all(".lora_" in name for name in own) and not any(p.requires_grad for p in policy.parameters())
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(adapted / "ppo/model")
+        assert torch.allclose(policy.model(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-4)
 
 
 def test_the_run_has_the_figures_of_any_other(adapted: Path, finished_run: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 from model_zoo import bpe_tokenizer, causal_lm, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+from tercet.config import load_config
 from tercet.models.load import load_causal_lm, load_classifier
 from tercet.models.roles import Policy, ScoreModel
+from tercet.pipeline import Pipeline
 from tercet.types import Sequences, TercetError, TokenRow
 
 CHAT_TEMPLATE = (
@@ -198,6 +200,18 @@ class TestLengths:
         with pytest.raises(TercetError, match=rf"long\.jsonl:1: .* has 64 positions: lower {stage}\.max_length to 64"):
             runs.run(**changes)
         assert not (runs.folder / "run/sft/metrics.jsonl").exists() and not (runs.folder / "run/pretrain/metrics.jsonl").exists()
+
+    def test_from_pretrain_makes_a_model_with_more_room(self, runs: Any) -> None:
+        """The one that is there, and will be removed, has too few positions for what is wanted now."""
+        options = {"n_layer": 1, "n_embd": 8, "n_head": 1}
+        model = {"name": None, "scratch": {"architecture": "gpt2", "vocab_size": 300, "options": options}}
+        place = runs.run("pretrain", model=model, pretrain={"max_length": 48}) / "pretrain/model/config.json"
+        longer = load_config(runs.settings(model=model, pretrain={"max_length": 48}, ppo={"max_new_tokens": 60}))
+        assert json.loads(place.read_text())["n_positions"] == 48
+        with pytest.raises(TercetError, match="model.scratch.positions was 48, is 92"):
+            Pipeline(longer).run(["pretrain"])
+        Pipeline(longer).run(["pretrain"], from_stage="pretrain")
+        assert json.loads(place.read_text())["n_positions"] == 92
 
     def test_demonstrations_longer_than_the_reward_models_positions(self, runs: Any) -> None:
         """They are cut at sft.max_length; for the card's histogram they are at the positions, not at reward.max_length."""

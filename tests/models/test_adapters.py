@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model_zoo import SHAPES, causal_lm, ragged
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from tercet.models import adapters
 from tercet.models.adapters import Backbone, Rank
@@ -132,3 +133,26 @@ def test_a_repositorys_own_code_is_run_only_where_it_is_trusted(trusted: bool, m
     scorer = backbone.scorer(seed=0)
     assert scorer.merge is not None and scorer.merge() is not None
     assert asked == [trusted, trusted]
+
+
+def test_what_is_added_to_in_place() -> None:
+    """Falcon adds its attention's output onto that of its feed-forward, in place."""
+    config = FalconConfig(
+        vocab_size=288, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    base, sequences = AutoModelForCausalLM.from_config(config).eval(), ragged(SHAPES)
+    policy = Backbone("falcon", lambda half: base, torch.float32, Rank(2, 4)).policy(seed=0)
+    policy(sequences)[0].sum().backward()
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+
+
+def test_a_policy_comes_back_from_its_folder(tmp_path: Path) -> None:
+    backbone, sequences = backbone_of("gpt2"), ragged(SHAPES)
+    policy = backbone.policy(seed=0)
+    move(policy)
+    tmp_path.joinpath("a").mkdir()
+    backbone.save(policy, tmp_path / "a")
+    again = backbone.policy(tmp_path / "a", seed=4)
+    torch.testing.assert_close(again(sequences)[0], policy(sequences)[0], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(again(sequences)[0], backbone.reference(sequences)[0])

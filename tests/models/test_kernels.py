@@ -1,10 +1,11 @@
 """tercet/models/kernels.py: faster kernels give the numbers of the slow ones."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +14,7 @@ from tercet.algo import products
 from tercet.models import kernels
 from tercet.models.kernels import (
     fuse_activations,
+    is_linear,
     packed_weights,
     recompute_activations,
     use_fast_adapters,
@@ -237,7 +239,7 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory(autocas
 
 def test_recomputing_leaves_sampling_with_a_cache_alone():
     plain, recomputed = gpt2(), gpt2()
-    recompute_activations(recomputed)
+    assert recompute_activations(recomputed) and not recompute_activations(nn.Sequential(nn.Linear(2, 2)))
     with torch.no_grad():
         outputs = [model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True) for model in (plain, recomputed)]
     assert outputs[1].past_key_values.get_seq_length() == 3
@@ -286,6 +288,29 @@ def test_fast_adapters_give_the_outputs_and_gradients_of_pefts_own(dtype: torch.
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_small_adapter_is_not_lost_in_bfloat16(packed: bool):
+    """Far below half a unit of the last place of what it is added to: what is lost on some numbers others must gain."""
+    model, generator = adapted(fast=True).float(), torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+    use_fast_products(model)
+    for layer in model:
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        x, small = torch.randn(4000, 1, down.shape[1], generator=generator).bfloat16(), up.data * 1e-3
+        wanted = layer.scaling["default"] * x.double() @ down.double().t() @ small.double().t()
+        outputs = []
+        for present in (torch.zeros_like(small), small):
+            up.data = present
+            copied = packed_weights(model, len(x), torch.bfloat16) if packed else contextlib.nullcontext()
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), copied:
+                outputs.append(layer(x).double())
+        assert wanted.abs().median() < 2**-10 * outputs[0].abs().median()
+        kept = ((outputs[1] - outputs[0]) * wanted).sum() / wanted.square().sum()
+        assert 0.9 < kept < 1.1
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_adapters_of_packed_weights_are_packed_with_them():
     model = adapted(fast=True).float()
     for name, parameter in model.named_parameters():
@@ -318,3 +343,18 @@ def test_frozen_weights_are_copied_only_up_to_a_limit(monkeypatch: pytest.Monkey
     with torch.no_grad(), packed_weights(learning, 3, torch.bfloat16), packed_weights(frozen, 3, torch.bfloat16):
         assert all("forward" in vars(layer) for layer in learning)
         assert [vars(layer)["forward"] for layer in frozen] == own
+
+
+def test_layers_that_are_more_than_a_product_stay_as_they_are() -> None:
+    """Routers of some mixtures of experts are children of nn.Linear and return pairs."""
+
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return x, super().forward(x)
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T + self.bias
+
+    found = [is_linear(kind(4, 3)) for kind in (nn.Linear, Own, Router)]
+    assert found == [True, True, False] and not is_linear(nn.LayerNorm(4))

@@ -361,3 +361,19 @@ def test_copies_are_independent(tmp_path: Path) -> None:
         for parameter in policy.parameters():
             parameter.add_(1.0)
     assert all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
+
+
+def test_a_tokenizer_of_its_own_code_is_saved_with_the_model(tmp_path: Path) -> None:
+    """Trusted when it was loaded; nobody is asked again in the middle of a run."""
+    source = Path(write_checkpoint(tmp_path / "source", causal_lm("gpt2"), bpe_tokenizer()))
+    (source / "mine.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\nclass Mine(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    about = json.loads((source / "tokenizer_config.json").read_text())
+    about |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(about))
+    tokenizer = load_tokenizer(str(source), trust_remote_code=True)
+    assert type(tokenizer).__name__ == "Mine"
+    save_policy(load_causal_lm(str(source)), tokenizer, tmp_path / "saved", temperature=1.0, stop_ids=[0], card="a card")
+    again = load_tokenizer(str(tmp_path / "saved"), trust_remote_code=True)
+    assert type(again).__name__ == "Mine" and again("the sun").input_ids == tokenizer("the sun").input_ids

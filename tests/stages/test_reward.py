@@ -132,6 +132,11 @@ def test_held_out_figures_do_not_depend_on_how_many_are_in_a_table(
     assert alone["reward.eval_accuracy"] == whole["reward.eval_accuracy"]
 
 
+def test_held_out_ties_alone_measure_nothing(tmp_path: Path, template: Any) -> None:
+    figures, pairs, rows = train(model(), template, tmp_path, held_out=[RECORDS[2]])
+    assert pairs == [] and not [name for name in (*figures, *rows[-1]) if "eval" in name]
+
+
 def test_equal_scores_count_half(tmp_path: Path, template: Any) -> None:
     reward = model()
     reward.head.weight.data.zero_()
