@@ -19,7 +19,7 @@ from tercet.errors import TercetError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # Below this many parameters a matrix product is so small that casting to bfloat16 costs more than it saves.
 _BFLOAT16_PARAMETERS = 300_000
-TINY_MODEL, _SMALL_MODEL, _LARGE_MODEL = 300_000, 20_000_000, 200_000_000
+TINY_MODEL, _SMALL_MODEL, _LARGE_MODEL = 300_000, 20_000_000, 100_000_000
 
 
 @dataclass(frozen=True)
