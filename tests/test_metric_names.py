@@ -58,14 +58,14 @@ def rich_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     pairs += [
         {"prompt": f"What is {i}?", "chosen": "It is", "rejected": "It is a long story.", "source": "staff"} for i in range(300)
     ]
-    texts = [{"text": f"The number {i} is warm."} for i in range(40)]
-    for name, records in (("prompts", prompts), ("pairs", pairs), ("texts", texts)):
+    for name, records in (("prompts", prompts), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "gold.py").write_text("def length(prompts, responses, **fields):\n    return [float(len(r)) for r in responses]\n")
     function = f"{folder}/gold.py:length"
     values: dict[str, Any] = yaml.safe_load((finished_run / "config.yaml").read_text())
-    files = {"pretrain": "texts", "comparisons": "pairs", "prompts": "prompts"}
+    files = {"comparisons": "pairs", "prompts": "prompts"}
     values["data"] |= {key: str(folder / f"{name}.jsonl") for key, name in files.items()}
+    values["data"]["pretrain"] = values["data"]["sft"]  # the same words twice: the same tokenizer as the other policy's
     values["pretrain"] |= {"max_length": 32}
     values["reward"] |= {"batch_size": 128}
     values["ppo"] |= {"iterations": 2, "evaluate_every": 1, "best_kl_budget": 1e6}

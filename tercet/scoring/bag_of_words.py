@@ -8,7 +8,6 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -73,7 +72,8 @@ class BagOfWords:
         for row, text in enumerate(responses):
             columns.extend(self._index[word] for word in _features(text) if word in self._index)
             rows.extend([row] * (len(columns) - len(rows)))
-        indices = torch.from_numpy(np.array([rows, columns], dtype=np.int64))
+        places = [torch.frombuffer(column, dtype=torch.int64) for column in (rows, columns) if column]
+        indices = torch.stack(places) if places else torch.zeros(2, 0, dtype=torch.int64)
         values = torch.ones(indices.shape[1])
         return torch.sparse_coo_tensor(indices, values, (len(responses), len(self.weights)), check_invariants=False).coalesce()
 

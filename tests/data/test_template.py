@@ -222,5 +222,5 @@ def test_many_at_once_are_as_one_by_one(make: Any, kind: str, monkeypatch: pytes
     for at_once in (1, 2, 100):
         monkeypatch.setattr("tercet.data.template.AT_ONCE", at_once)
         assert list(template.encode_all(iter(texts), max_length=longest + 4)) == one_by_one
-        assert template.prompts_ids((prompt, origin) for prompt, _, origin in texts) == prompts
-    assert list(template.encode_all([])) == [] == template.prompts_ids([])
+        assert list(template.prompt_ids_all((prompt, origin) for prompt, _, origin in texts)) == prompts
+    assert list(template.encode_all([])) == [] == list(template.prompt_ids_all([]))

@@ -758,7 +758,7 @@ SFT: list[Row] = [
 
 REWARD: list[Row] = [
     ("margins are forgotten", "ranking_loss(scores, ranks, groups, margins=margins)", "ranking_loss(scores, ranks, groups)"),
-    ("margins are forgotten where it is held out", "[1], margins=data.margins)", "[1])"),
+    ("margins are forgotten where it is held out", "groups, margins=data.margins[part])", "groups)"),
     (
         "ranks of other rows",
         "data.ranks[rows].unique(return_inverse=True)",
