@@ -24,7 +24,7 @@ def run(config: Any, *, model: Any = None, tokenizer: Any = None, reward: Callab
 def train_sft(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:
     """Stage 1 alone (after pretraining, where the model is from scratch)."""
     pipeline = _pipeline(config, model, tokenizer, None)
-    return pipeline.run([stage for stage in ("pretrain", "sft") if stage in pipeline.stages() or stage == "sft"])
+    return pipeline.run(["pretrain", "sft"] if "pretrain" in pipeline.stages() else ["sft"])
 
 
 def train_reward(config: Any, *, model: Any = None, tokenizer: Any = None) -> RunResult:

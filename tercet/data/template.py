@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tercet.data.batches import TokenStore, in_parts
 from tercet.types import Message, TercetError, Text, TokenRow
 
-AT_ONCE = 1_000  # texts that a tokenizer is given together
+AT_ONCE = 1_000  # texts that a tokenizer is given together: what else it returns of them does not fill the memory
 _IDS_ALONE = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
 
 
@@ -211,12 +211,8 @@ class Template:
         return [*response_ids, self.eos_id]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; so many at once as do not fill the memory with what else a tokenizer returns."""
-        ids: list[list[int]] = []
-        for start in range(0, len(texts), AT_ONCE):
-            some = list(texts[start : start + AT_ONCE])
-            ids += self.tokenizer(some, **_IDS_ALONE).input_ids
-        return ids
+        """Ids of each text, without special tokens."""
+        return list(self.tokenizer(list(texts), **_IDS_ALONE).input_ids) if texts else []
 
     def _continued(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that continue another one.

@@ -29,6 +29,7 @@ from tercet.runtime.machine import resolve
 from tercet.runtime.trackers import check_installed
 from tercet.scoring.function import RewardFunction, load_function
 from tercet.scoring.model import ClassifierScorer
+from tercet.stages.reward import require_preference
 from tercet.types import Comparison, Prompt, TercetError, Text
 
 Sources = dict[str, Any]  # the Records of each file, by its key in the data section
@@ -78,10 +79,8 @@ def _check(
         for named in functions:
             function = load_function(named) if isinstance(named, str) else named
             _check_fields(function, named if isinstance(named, str) else getattr(named, "__name__", "reward"), prompts)
-    if "comparisons" in sources and all(len(set(record.ranks)) == 1 for record in sources["comparisons"]):
-        raise TercetError(
-            "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
-        )
+    if "comparisons" in sources:
+        require_preference(sources["comparisons"])
     if stages:
         resolve(config.machine.device, config.machine.dtype, 1, 1, parameters=0)  # a device that is not there
         check_installed(config.trackers)

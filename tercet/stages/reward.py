@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,7 @@ def train_reward_model(
     """Train `reward_model` in place. Returns figures for the summary and a record of each held-out comparison's scores."""
     data = tokenise_comparisons(train_records, template, config.max_length)
     eval_data = tokenise_comparisons(held_out, template, config.max_length)
-    if all(len(set(record.ranks)) == 1 for record in train_records):
-        raise TercetError(
-            "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
-        )
+    require_preference(train_records)
     lengths = data.store.lengths
 
     def compute(step: int) -> dict[str, float]:
@@ -92,6 +89,14 @@ def train_reward_model(
         low, high = accuracy_interval(pairs, seed)
         figures |= {"reward.eval_pairs": len(pairs), "reward.eval_accuracy_low": low, "reward.eval_accuracy_high": high}
     return figures, pairs
+
+
+def require_preference(records: Iterable[Comparison]) -> None:
+    """TercetError if every comparison is a tie."""
+    if all(len(set(record.ranks)) == 1 for record in records):
+        raise TercetError(
+            "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
+        )
 
 
 def tokenise_comparisons(records: Sequence[Comparison], template: Template, max_length: int) -> RankedStore:

@@ -47,7 +47,7 @@ def train(
     skipped = checkpoint.values["skipped"] if checkpoint else 0
     release_free_memory()
     before = {f"{name}_before": value for name, value in evaluate().items()} if also_before and start == 0 else {}
-    figures: dict[str, float] = {}
+    figures: dict[str, float] | None = None
     module.train()
     with run.progress(total_steps, start) as bar:
         for step in range(start, total_steps):
@@ -83,7 +83,7 @@ def train(
             if stopping and not last:
                 raise Interrupted
     module.eval()
-    return figures or evaluate()  # the stage was resumed after its last step
+    return evaluate() if figures is None else figures  # None: the stage was resumed after its last step
 
 
 def _stop_if_broken(stage: str, skipped: int, loss: float) -> None:
