@@ -107,8 +107,13 @@ class Pipeline:
         from tercet.report import verdict_of
         from tercet.runtime.files import write_json
 
-        machine = self.config.machine
-        figures: dict[str, Any] = {"seed": self.config.seed, "dtype": machine.dtype, "threads": machine.threads, "seconds": 0.0}
+        machine = _earlier_machine(self.folder) or self.config.machine.model_dump(mode="json")
+        figures: dict[str, Any] = {
+            "seed": self.config.seed,
+            "dtype": machine["dtype"],
+            "threads": machine["threads"],
+            "seconds": 0.0,
+        }
         figures |= {"python": platform.python_version(), "machine": _machine()}
         figures |= {f"versions.{name}": _version(name) for name in ("tercet", "torch", "transformers")}
         for stage in self.stages():
@@ -144,7 +149,7 @@ class Pipeline:
         from tercet.runtime.checkpoint import seed_everything
         from tercet.runtime.files import write_json, write_text
         from tercet.runtime.interrupted import Interrupted
-        from tercet.runtime.machine import out_of_memory_explained
+        from tercet.runtime.machine import out_of_memory_explained, release_free_memory
         from tercet.runtime.progress import console
         from tercet.runtime.stage import Interrupt
 
@@ -172,6 +177,7 @@ class Pipeline:
                     write_json(folder / "started.json", prints[stage])
                 began = time.monotonic()
                 seed_everything(self.config.seed + 100_003 * shop.world.rank)  # dropout differs from rank to rank
+                release_free_memory()  # the models of the stage before
                 with out_of_memory_explained(stage, shop.machine.microbatch_tokens, self.config.ppo.rollout_batch_size):
                     figures = jobs[stage](shop)
                 if shop.world.is_main:
@@ -336,17 +342,27 @@ def _version(package: str) -> str:
 
 def _with_earlier_choices(config: Config) -> Config:
     """Take over what `auto` came to when this run folder was begun, so that a resumed run computes alike."""
-    path = Path(config.output) / "config.yaml"
-    if not path.exists():
+    earlier = _earlier_machine(Path(config.output))
+    if earlier is None:
         return config
+    chosen = {key: earlier[key] for key, value in config.machine.model_dump().items() if value == "auto" and key in earlier}
+    return config.model_copy(update={"machine": config.machine.model_copy(update=chosen)})
+
+
+def _earlier_machine(folder: Path) -> dict[str, Any] | None:
+    """The machine that a run folder was made with, whatever is asked for now; None before it has a configuration."""
+    path = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise TercetError(f"output: {folder} is a file, a run needs a folder: choose another name")
+    if not path.exists():
+        return None
     values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     earlier = values.get("machine") if isinstance(values, dict) else None
     if not isinstance(earlier, dict):
         raise TercetError(
             f"{path} has no machine section: it was damaged from outside; delete it to have the machine chosen anew"
         )
-    chosen = {key: earlier[key] for key, value in config.machine.model_dump().items() if value == "auto" and key in earlier}
-    return config.model_copy(update={"machine": config.machine.model_copy(update=chosen)})
+    return earlier
 
 
 def _read_json(path: Path) -> Any:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tercet.algo.logprobs import LogitTransform
 from tercet.types import Sequences, TokenRow
 
 LLAMA_LIKE: dict[str, Any] = {
@@ -54,7 +55,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**LLAMA_LIKE, "sliding_window": 4, "tie_word_embeddings": False}),
 }
 CLASSIFIERS = [name for name in ARCHITECTURES if name not in ("cohere", "granite")]  # transformers has no classifier of these
-OWN_LOGITS = ("gemma2", "cohere", "granite")
+# What they make of their output layer's products, where that is anything.
+TRANSFORMS = {"gemma2": LogitTransform(cap=3.0), "cohere": LogitTransform(scale=0.25), "granite": LogitTransform(scale=0.25)}
 EOS = "<|endoftext|>"
 CORPUS = ["the sun is warm and bright", "rain falls from a cloud", "a kind word helps", "STOP here. THE END", "a b c d e f g"] * 4
 

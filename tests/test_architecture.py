@@ -48,7 +48,7 @@ LIBRARIES: dict[str, set[str]] = {
     "world": set(),
     "algo": {"torch"},
     "data": {"torch", "numpy", "datasets"},
-    "models": {"torch", "transformers", "peft", "tokenizers", "safetensors", "numpy"},
+    "models": {"torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy"},
     "generation": {"torch", "transformers", "numpy"},
     "scoring": {"torch", "transformers"},
     "runtime": {"torch", "numpy", "safetensors", "rich"},

@@ -94,7 +94,10 @@ def test_broken_invariants_show_in_the_dry_run(finished_run, tiny_data, tmp_path
     from tercet.generation import native
 
     real = native.inverse_cdf
-    monkeypatch.setattr(native, "inverse_cdf", lambda logits, uniform, temperature: real(logits * 3, uniform, temperature))
+    # Not where the likeliest token is taken, as preflight does.
+    monkeypatch.setattr(
+        native, "inverse_cdf", lambda logits, u, temperature: real(logits if u is None else logits * 3, u, temperature)
+    )
     found = list(Doctor(load_config(settings(finished_run, tiny_data, tmp_path / "run"))).checks())
     assert found[-1].level == "error" and "the model samples from another distribution" in found[-1].text
 

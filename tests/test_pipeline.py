@@ -532,3 +532,15 @@ def test_another_reward_model_leaves_nothing_of_the_runs_own(
     assert load_run(run_copy).card["accuracy"] != 0.123
     judges = set(json.loads((run_copy / "evaluation/policies.json").read_text())["ppo"])
     assert not {"judge", "bag_of_words"} & judges
+
+
+def test_a_run_that_finds_nothing_to_do_says_what_it_was_made_with(settings: dict[str, Any], run_copy: Any) -> None:
+    before = json.loads((Path(settings["output"]) / "summary.json").read_text())
+    other = changed(settings, machine={"threads": before["threads"] + 1})
+    assert run(other).summary["threads"] == before["threads"]
+
+
+def test_an_output_that_is_a_file_is_said(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(TercetError, match=r"^output: .*taken is a file, a run needs a folder"):
+        run({**settings, "output": str(tmp_path / "taken")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,27 @@ def last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
     """The state at the last real token of each row, where a reward model reads its score: (B, L, D), (B,) int64 -> (B, D)."""
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     return hidden[rows, lengths - 1]
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model makes of its output layer's products: logits = scale * cap * tanh(product / cap), without a cap scale * product.
+
+    Source: Gemma 2 (2024, section 2) caps, Cohere's and Granite's models scale.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """Logits of products, of their shape; in float32 or wider if there is anything to do."""
+        if self.cap is not None:
+            return (at_least_float32(products) / self.cap).tanh() * (self.cap * self.scale)
+        return products if self.scale == 1.0 else at_least_float32(products) * self.scale
+
+    def slope(self, products: Tensor) -> Tensor | None:
+        """d logits / d products but for the scale; None where it is 1 everywhere."""
+        return None if self.cap is None else 1.0 - (at_least_float32(products) / self.cap).tanh_().square_()
 
 
 def logits_logprobs(
@@ -60,10 +82,11 @@ def token_logprobs(
     bias: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    transform: LogitTransform = LogitTransform(),
     with_entropy: bool = False,
     chunk_elements: int = 8_000_000,
 ) -> tuple[Tensor, Tensor | None]:
-    """`logits_logprobs` of states @ weight^T + bias, never holding more than chunk_elements logits at a time.
+    """`logits_logprobs` of transform(states @ weight^T + bias), never holding more than chunk_elements logits at a time.
 
     states (N, D); targets (N,) int64; weight (V, D), bias (V,): the output layer. Of a layer that learns the backward pass finds as
     many logits as the weight has elements, and computes the others anew: memory does not grow with N x V. Returns as
@@ -75,7 +98,7 @@ def token_logprobs(
     spare = spare_rows(count)
     states, targets = F.pad(states, (0, 0, 0, spare)), F.pad(targets, (0, spare))
     logprobs: Tensor = _InChunks.apply(  # type: ignore[no-untyped-call]
-        states, targets, weight, bias, temperature, chunk_elements, entropies
+        states, targets, weight, bias, temperature, transform, chunk_elements, entropies
     )
     return logprobs[:count], None if entropies is None else torch.cat(entropies)[:count]
 
@@ -100,11 +123,13 @@ class _InChunks(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         temperature: float,
+        transform: LogitTransform,
         elements: int,
         entropies: list[Tensor] | None,
     ) -> Tensor:
         height = max(1, elements // min(len(weight), _NARROWEST))
-        ctx.head = _Head(weight, bias, temperature, max(1, elements // max(1, min(height, len(states)))))
+        width = max(1, elements // max(1, min(height, len(states))))
+        ctx.head = _Head(weight, bias, temperature, transform, width)
         ctx.height = height
         kept = _Kept(weight.numel() if ctx.needs_input_grad[2] else 0)
         found = [
@@ -124,11 +149,11 @@ class _InChunks(torch.autograd.Function):
         _, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
         for_weight = torch.empty_like(ctx.head.weight) if wants_weight else None
         for_bias = torch.zeros_like(ctx.head.bias) if wants_bias else None
-        scale = gradients[0] / -ctx.head.temperature
+        scale = gradients[0] * (ctx.head.transform.scale / -ctx.head.temperature)
         parts = zip(*(torch.split(tensor, ctx.height) for tensor in (states, targets, logprobs, log_z, scale)))
         chunks = iter(kept)
         for_states = [ctx.head.slopes(*part, for_weight, for_bias, chunks, fresh=not place) for place, part in enumerate(parts)]
-        return torch.cat(for_states), None, for_weight, for_bias, None, None, None
+        return torch.cat(for_states), None, for_weight, for_bias, None, None, None, None
 
 
 class _Kept:
@@ -146,13 +171,13 @@ class _Kept:
 
 class _Head:
     """An output layer a chunk of the vocabulary at a time, multiplied in autocast's precision, there without what its rows have in
-    common; logits are divided by the temperature."""
+    common (but for a cap, which sees it); logits are divided by the temperature."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, width: int):
+    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, transform: LogitTransform, width: int):
         self.dtype = product_dtype(weight)
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.centre = head_centre(weight, self.dtype)
-        self.temperature = temperature
+        self.centre = head_centre(weight, self.dtype) if transform.cap is None else None
+        self.temperature, self.transform = temperature, transform
         self.spans = [slice(start, start + width) for start in range(0, len(weight), width)]
 
     def rows(self, span: slice) -> Tensor:
@@ -160,7 +185,7 @@ class _Head:
         return head_rows(self.weight[span], self.dtype, self.centre)
 
     def product(self, states: Tensor, weight: Tensor, span: slice) -> Tensor:
-        """A chunk's logits before the temperature, in the products' precision."""
+        """A chunk's products, before transform and temperature, in their precision."""
         return linear_product(states, weight, None if self.bias is None else self.bias[span].to(self.dtype))
 
     def scan(self, states: Tensor, targets: Tensor, with_entropy: bool, kept: _Kept) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -196,9 +221,9 @@ class _Head:
         fresh: bool,
     ) -> Tensor:
         """The gradient of the states; that of bias is added to, and that of weight, unless it is fresh: then it is written. scale:
-        minus the log-probabilities' own gradients, divided by the temperature.
+        minus the log-probabilities' own gradients, times the transform's scale, divided by the temperature.
 
-        d logprob / d logits = (onehot(target) - softmax) / temperature.
+        d logprob / d product = (onehot(target) - softmax) * transform.slope * transform.scale / temperature.
         """
         inputs, scaled = states.to(self.dtype), (states * scale[:, None]).to(self.dtype)
         for_states = torch.zeros_like(at_least_float32(states))
@@ -212,6 +237,9 @@ class _Head:
                 into.copy_((self._logits(piece) - log_zs[:, None]).exp_())
             rows, columns = _inside(targets, span)
             slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)  # p - 1 with all its digits, also where p is nearly 1
+            for piece, into in zip(pieces(product, product), pieces(slope, product)):
+                if (inner := self.transform.slope(piece)) is not None:
+                    into.mul_(inner)
             for_states += linear_product(slope, weight.t(), None)
             if for_weight is not None:
                 gradient = transposed_product(slope, scaled)
@@ -224,7 +252,7 @@ class _Head:
         return (for_states * scale[:, None]).to(states.dtype)
 
     def _logits(self, product: Tensor) -> Tensor:
-        logits = at_least_float32(product)
+        logits = self.transform(at_least_float32(product))
         return logits if self.temperature == 1.0 else logits / self.temperature
 
 

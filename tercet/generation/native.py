@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 
@@ -24,7 +25,8 @@ class NativeGenerator:
 
     A response ends with the first of `stop_ids`, or with the token that completes one of `stop_texts`, at index >=
     `truncate_after`; the ending token is kept. Rows that have ended leave the batch, of many by eights. Pads stand on the
-    left in here, and nowhere else in Tercet: then a model with a sliding window sees the right distances.
+    left in here, and nowhere else in Tercet: then a model with a sliding window sees the right distances. copies: multiply by copies of
+    the weights where that is faster (models/kernels.py), which takes their memory again.
     """
 
     def __init__(
@@ -37,16 +39,18 @@ class NativeGenerator:
         truncate_after: int = 0,
         stop_texts: list[str] | None = None,
         decode: Callable[[list[int]], str] | None = None,
+        copies: bool = True,
     ):
         self._policy = policy
         self._takes_positions = "position_ids" in inspect.signature(policy.model.forward).parameters
-        self._packs_prompts = policy.sees_all and not policy.own_logits
+        self._packs_prompts = policy.sees_all and policy.transform is not None
         self.stop_ids, self.stop_texts = stop_ids, stop_texts or []
         self._stops = torch.tensor(stop_ids, dtype=torch.long, device=policy.device)
         self._decode = decode
         self._max_new_tokens = max_new_tokens
         self._temperature = temperature
         self._truncate_after = truncate_after
+        self._copies = copies
         self.version = 0
 
     def sync(self, version: int) -> None:
@@ -71,9 +75,15 @@ class NativeGenerator:
         logprobs = torch.zeros(len(prompts) + 1, steps, dtype=wide, device=device)
         lengths = torch.zeros(len(prompts) + 1, dtype=torch.long, device=device)
         finished = torch.zeros(len(prompts) + 1, dtype=torch.bool, device=device)
-        head = None if self._policy.own_logits else self._policy.head
+        # A cap, and what a model makes of its logits itself, see more of the products than their differences.
+        transform = self._policy.transform
+        head = self._policy.head if transform is not None and transform.cap is None else None
         # Inference mode, whose tensors keep no versions for autograd, takes a tenth off a tiny model's step.
-        with torch.inference_mode(), packed_weights(self._policy.model, len(prompts), self._policy.compute_dtype, head):
+        policy = self._policy
+        copies = (
+            packed_weights(policy.model, len(prompts), policy.compute_dtype, head) if self._copies else contextlib.nullcontext()
+        )
+        with torch.inference_mode(), copies:
             for step in range(steps if prompts else 0):  # a rank of many may have no rows
                 if step == 0:
                     logits = self._first_logits(inputs, prompt_mask, positions, cache)
@@ -118,7 +128,7 @@ class NativeGenerator:
         packing = Packing.of(lengths, mask.shape[1])
         with policy.autocast():
             states = packing.states(policy.model.base_model, inputs[mask], past_key_values=cache, use_cache=True)
-            return policy.head(states[0, lengths.cumsum(0) - 1])
+            return policy.logits(states[0, lengths.cumsum(0) - 1])
 
     def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the token after the last input."""
@@ -126,9 +136,9 @@ class NativeGenerator:
         extra = {"position_ids": positions} if self._takes_positions else {}
         arguments = {"input_ids": inputs, "attention_mask": mask, "past_key_values": cache, "use_cache": True, **extra}
         with policy.autocast():
-            if policy.own_logits:
+            if policy.transform is None:
                 return policy.model(**arguments, logits_to_keep=1).logits[:, -1]
-            return policy.head(policy.model.base_model(**arguments).last_hidden_state[:, -1])
+            return policy.logits(policy.model.base_model(**arguments).last_hidden_state[:, -1])
 
     def _ended(self, tokens: Tensor, responses: Tensor, rows: Tensor, step: int) -> Tensor:
         if step < self._truncate_after:

@@ -14,6 +14,7 @@ from tercet.jobs.frontier import best_of_n_figures, path_of_ppo
 from tercet.jobs.kept import Kept, Row
 from tercet.jobs.workshop import Workshop, prompt_sides
 from tercet.runtime.files import write_json, write_text
+from tercet.runtime.machine import release_free_memory
 from tercet.runtime.metrics import JsonLines
 from tercet.runtime.progress import Bar
 from tercet.scoring.bag_of_words import BagOfWords
@@ -40,6 +41,7 @@ def run_evaluate(shop: Workshop) -> Figures:
     ) as bar:
         responses = {name: _responses(shop, name, source, prompts, judges, sampling, bar) for name, source in sources.items()}
         draws = _draws(shop, chosen, prompts, judges, sampling, bar)
+    release_free_memory()
     base = shop.load_policy(shop.base, frozen=True)
     for rows in responses.values():
         for row, found in zip(rows, surprisal(base, prompts, rows, sampling, shop.world)):
@@ -93,6 +95,7 @@ def _responses(
     if len(rows) == len(prompts):
         bar.advance_by(len(rows))
         return rows
+    release_free_memory()  # what sampling the policy before has left
     policy, ref_policy = shop.load_policy(source, frozen=True), shop.load_policy(shop.sft_source, frozen=True)
     journey = Journey(rows, kept.keep, bar.advance_by)
     return respond(policy, ref_policy, shop.generator(policy), prompts, judges, sampling, shop.world, journey=journey)

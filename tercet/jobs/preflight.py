@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedTokenizerBase
+import torch
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.config import Config
 from tercet.config.ppo import RewardTerm
 from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
 from tercet.data.template import Template, require_response
+from tercet.generation.native import NativeGenerator
 from tercet.jobs.workshop import check_room, prompt_records
 from tercet.models.load import (
     check_vocabulary,
@@ -24,7 +26,8 @@ from tercet.models.load import (
     load_tokenizer,
     stop_token_ids,
 )
-from tercet.models.roles import ScoreModel
+from tercet.models.precision import round_weights
+from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.machine import resolve
 from tercet.runtime.trackers import check_installed
 from tercet.scoring.function import RewardFunction, load_function
@@ -140,6 +143,8 @@ def check_models(config: Config, stages: Sequence[str], base: str | None, source
     template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_ids)
     _check_turns(template, records)
     _check_lengths(config, template, base, records)
+    if any(stage in stages for stage in ("reward", "ppo", "evaluate")):
+        _check_sampling(base, model)
     if "ppo" in stages or "evaluate" in stages:
         conversing = any(not isinstance(record.prompt, str) for record in records.get("ppo", ()))
         _check_foreign(config, tokenizer, embedding_rows(model), conversing)
@@ -169,9 +174,17 @@ def _check_classifier_exists(config: Config, stages: Sequence[str]) -> None:
 
 def _check_group(config: Config) -> None:
     evaluation = config.evaluation
-    if evaluation.main_group is None or evaluation.group_by is None:
+    if evaluation.group_by is None:
         return
     held_out = prompt_records(config, held_out=True)
+    if not any(evaluation.group_by in record.fields for record in held_out):
+        known = sorted({name for record in held_out for name in record.fields})
+        raise TercetError(
+            f"evaluation.group_by is {evaluation.group_by!r}, but no held-out prompt has a field of that name: "
+            + (f"choose one of {', '.join(known)}" if known else "the prompts have no fields; leave it out")
+        )
+    if evaluation.main_group is None:
+        return
     values = sorted({str(record.fields.get(evaluation.group_by)) for record in held_out})
     if evaluation.main_group not in values:
         raise TercetError(
@@ -245,6 +258,7 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int
             check_vocabulary(policy, tokenizer, source)
             _check_same_ids(source, tokenizer, trust)
             check_room(config, context_length(policy), source)
+            _check_sampling(source, policy)
     for source, label in {(str(term.model), term.label) for term in terms if term.kind == "classifier"}:
         own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
         ClassifierScorer(load_classifier(source, trust_remote_code=trust), own, label=label, name=source)
@@ -252,6 +266,35 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int
             raise TercetError(
                 f"{source}: the prompts are conversations but its tokenizer has no chat template to write them with"
             )
+
+
+def _check_sampling(source: str, model: PreTrainedModel) -> None:
+    """TercetError if what the model gives token by token, with a key-value cache, is not what it gives for the whole text: two prompts of
+    different length, a few tokens."""
+    name, dtype = type(model).__name__, model.dtype
+    try:
+        if dtype is torch.bfloat16:
+            round_weights(model)  # which leaves the norms in float32
+        policy = Policy(model, dtype)
+        generator = NativeGenerator(policy, stop_ids=[], max_new_tokens=3, copies=False)
+        ids = [place % embedding_rows(model) for place in range(4)]
+        sequences = generator.sample([ids[:3], ids[3:]], None)
+        with torch.no_grad():
+            logprobs, _ = policy(sequences)
+    except Exception as error:  # every architecture fails in its own way
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TercetError(
+            f"{source}: {name} cannot be sampled ({first}): take a model of another architecture, such as llama; if this is a common one, "
+            "please report it"
+        ) from None
+    assert sequences.sampler_logprobs is not None
+    gap = (sequences.sampler_logprobs - logprobs).abs().max().item()
+    if not gap <= (limit := 0.5 if dtype is torch.bfloat16 else 0.05):
+        raise TercetError(
+            f"{source}: {name} gives a token another log-probability when it is sampled than when it reads the whole text (by up to "
+            f"{gap:.2g} nats; at most {limit:g} are rounding): it carries states from token to token that are not in a key-value cache. "
+            "Take a model of another architecture, such as llama"
+        )
 
 
 def _terms(config: Config) -> Iterator[RewardTerm]:

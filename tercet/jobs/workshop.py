@@ -32,11 +32,10 @@ from tercet.models.load import (
     special_tokens,
     stop_token_ids,
 )
-from tercet.models.precision import round_weights
 from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.distributed import World
 from tercet.runtime.files import folder_beside, replace_folder
-from tercet.runtime.machine import Machine
+from tercet.runtime.machine import Machine, release_free_memory
 from tercet.runtime.progress import console
 from tercet.runtime.stage import Interrupt, StageRun, Watch
 from tercet.scoring.base import Scorer, WeightedSum
@@ -100,6 +99,7 @@ class Workshop:
         """The frozen model that the adapters of a stage share."""
         assert self.config.model.adapter is not None
         if self._backbone is None or self._backbone.source != source:
+            self._backbone = None  # that of another stage goes before this one comes
             size = Rank(self.config.model.adapter.rank, self.config.model.adapter.alpha)
             load, trust = functools.partial(self._causal_lm, source), self.config.model.trust_remote_code
             self._backbone = Backbone(source, load, self.machine.dtype, size, trust_remote_code=trust)
@@ -119,9 +119,11 @@ class Workshop:
                 policy.freeze()
                 return policy
         policy = Policy(self._causal_lm(source, dropout, half=self._half(frozen)), self.machine.dtype).eval()
-        if policy.own_logits:
+        if policy.transform is None:
             console.print(
-                f"{source}: this model scales or caps its logits, so they are computed by the model itself (slower)", markup=False
+                f"{source}: what this model makes of its output layer is not known, so it computes all logits at once itself: slower, and "
+                "with more memory than tercet doctor says",
+                markup=False,
             )
         if not frozen:
             return self._to_train(policy)
@@ -137,19 +139,13 @@ class Workshop:
 
     def _causal_lm(self, source: str, dropout: float = 0.0, *, half: bool = False) -> PreTrainedModel:
         trust = self.config.model.trust_remote_code
-        model = load_causal_lm(source, dropout=dropout, trust_remote_code=trust, as_stored=half)
+        model = load_causal_lm(source, dropout=dropout, trust_remote_code=trust, rounded=half)
         check_vocabulary(model, self.tokenizer, source)
-        return self._placed(model, half)
+        return nn.Module.to(model, self.machine.device)
 
     def _half(self, frozen: bool) -> bool:
         """Whether a role holds rounded weights alone."""
         return frozen and self.machine.dtype is torch.bfloat16
-
-    def _placed(self, model: PreTrainedModel, half: bool) -> PreTrainedModel:
-        """The model on the machine's device, where only what it will hold there goes."""
-        if half:
-            round_weights(model)
-        return nn.Module.to(model, self.machine.device)
 
     def load_scorer(self, source: str, *, frozen: bool = True, num_labels: int | None = None) -> ScoreModel:
         """A reward or value model: a checkpoint's, or with `num_labels` a causal language model's trunk and a new head."""
@@ -159,8 +155,8 @@ class Workshop:
             scorer = self.backbone(self.sft_source).scorer(folder, seed=self.config.seed).eval()
         else:
             trust, half = self.config.model.trust_remote_code, self._half(frozen)
-            model = load_classifier(source, num_labels=num_labels, trust_remote_code=trust, as_stored=half)
-            scorer = ScoreModel(self._placed(model, half), self.machine.dtype).eval()
+            model = load_classifier(source, num_labels=num_labels, trust_remote_code=trust, rounded=half)
+            scorer = ScoreModel(nn.Module.to(model, self.machine.device), self.machine.dtype).eval()
         if not frozen:
             return self._to_train(scorer)
         scorer.freeze()
@@ -226,6 +222,7 @@ class Workshop:
     def write_model(self, final: Path, save: Any) -> None:
         """Let the first rank write a checkpoint beside its place, then put it there whole."""
         if self.world.is_main:
+            release_free_memory()
             temporary = folder_beside(final)
             save(temporary)
             replace_folder(temporary, final)
@@ -277,9 +274,14 @@ def check_room(config: Config, positions: int | None, source: str) -> None:
     """TercetError if the longest prompt and the longest response together exceed the positions of a model, named `source`."""
     prompt, response = config.data.max_prompt_length, config.ppo.max_new_tokens
     if positions is not None and prompt + response > positions:
+        way = (
+            f"data.max_prompt_length={positions - response}"
+            if positions > response
+            else f"ppo.max_new_tokens={max(1, positions // 2)}"
+        )
         raise TercetError(
             f"data.max_prompt_length ({prompt}) and ppo.max_new_tokens ({response}) make {prompt + response} tokens, but {source} has "
-            f"{positions} positions: lower one of them, for example data.max_prompt_length={max(1, positions - response)}"
+            f"{positions} positions: lower one of them, for example {way}"
         )
 
 

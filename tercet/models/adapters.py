@@ -102,6 +102,10 @@ class Backbone:
         )
         about.inference_mode = True
         about.save_pretrained(str(folder))
+        path = folder / "adapter_config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        written["target_modules"].sort()  # peft writes a set, in an order that differs from process to process
+        path.write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
         named = {name: parameter.data for name, parameter in role.model.named_parameters() if parameter.requires_grad}
         tensors = {
             f"base_model.model.{name.replace('.default', '')}": value.float().contiguous() for name, value in named.items()
@@ -124,7 +128,13 @@ class Backbone:
         trained = {id(p) for p in model.parameters() if p.requires_grad}  # a scorer's head
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(settings, model)
+            try:
+                inject_adapter_in_model(settings, model)
+            except ValueError as error:  # it knows layers of some architectures that must be left alone
+                raise TercetError(
+                    f"{self.source}: adapters cannot be added to {type(model).__name__} ({str(error).strip().splitlines()[0]}): train this "
+                    "model without model.adapter"
+                ) from None
         for name, module in model.named_modules():  # of some mixtures of experts peft wraps a layer's fused weights instead
             if hasattr(module, "lora_A") and not is_linear(module.base_layer):
                 raise TercetError(

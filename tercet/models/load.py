@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -28,7 +29,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tercet.models.storage import stored_in_bfloat16
+from tercet.models.precision import round_weights, rounded_parameters
+from tercet.models.storage import reads_piecewise, stored_in_bfloat16
 from tercet.types import TercetError
 
 transformers_logging.set_verbosity_error()
@@ -53,28 +55,37 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, needs_eos: b
 
 
 def load_causal_lm(
-    source: str, *, dropout: float = 0.0, trust_remote_code: bool = False, as_stored: bool = False
+    source: str,
+    *,
+    dropout: float = 0.0,
+    trust_remote_code: bool = False,
+    as_stored: bool = False,
+    rounded: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in float32, on the CPU. as_stored: in bfloat16 where all of its checkpoint is, so that loading takes no memory
-    but the pages of its file, which the system takes back as it needs them."""
+    but the pages of its file, which the system takes back as it needs them. rounded: as `round_weights` leaves it, and never in
+    memory with more digits than that."""
     with _explained(source, "a causal language model"):
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), dropout)
-        model, missing = _read(AutoModelForCausalLM, source, config, trust_remote_code, as_stored)
+        model, missing = _read(AutoModelForCausalLM, source, config, trust_remote_code, as_stored, rounded)
         _check_complete(missing, source)
-        _check_causal(model, source)
+        if not rounded:  # what is rounded was looked at before, in preflight, or written by us
+            _check_causal(model, source)
     return model
 
 
 def load_classifier(
-    source: str, *, num_labels: int | None = None, trust_remote_code: bool = False, as_stored: bool = False
+    source: str, *, num_labels: int | None = None, trust_remote_code: bool = False, rounded: bool = False
 ) -> PreTrainedModel:
-    """A sequence-classification model in float32, or `as_stored` as above. With `num_labels` a causal language model's checkpoint gets a new
+    """A sequence-classification model in float32, or `rounded` as above. With `num_labels` a causal language model's checkpoint gets a new
     head."""
     with _explained(source, "a sequence-classification model"):
         config = _set_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), 0.0)
         if num_labels is not None:
             config.num_labels = num_labels
-        model, missing = _read(AutoModelForSequenceClassification, source, config, trust_remote_code, as_stored)
+        model, missing = _read(
+            AutoModelForSequenceClassification, source, config, trust_remote_code, as_stored=False, rounded=rounded
+        )
         if num_labels is None:
             _check_complete(missing, source)
     return model
@@ -173,19 +184,42 @@ def without_weights(auto_class: Any, config: Any, *, trust_remote_code: bool = F
 
 
 def _read(
-    auto_class: Any, source: str, config: Any, trust_remote_code: bool, as_stored: bool
+    auto_class: Any, source: str, config: Any, trust_remote_code: bool, as_stored: bool, rounded: bool
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model in float32, `as_stored` in bfloat16 if its checkpoint is, never from a pickle; and the names of the weights that the
-    checkpoint lacks."""
+    """The model in float32, `as_stored` in bfloat16 if its checkpoint is, or `rounded`; never from a pickle. And the names of the weights
+    that the checkpoint lacks."""
+    as_stored = (as_stored or rounded) and stored_in_bfloat16(source)
+    if rounded and not as_stored and (model := _read_rounded(auto_class, source, config, trust_remote_code)) is not None:
+        return model, []
     model, info = auto_class.from_pretrained(
         source,
         config=config,
-        dtype=torch.bfloat16 if as_stored and stored_in_bfloat16(source) else torch.float32,
+        dtype=torch.bfloat16 if as_stored else torch.float32,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
     )
+    if rounded:
+        round_weights(model)
     return model, list(info["missing_keys"])
+
+
+def _read_rounded(auto_class: Any, source: str, config: Any, trust_remote_code: bool) -> PreTrainedModel | None:
+    """A checkpoint in float32 as `round_weights` would leave it, read tensor by tensor: transformers keeps its file in memory until all of
+    them are there. None if that has to be left to transformers."""
+    if getattr(config, "quantization_config", None) is not None or Path(source, "adapter_config.json").exists():
+        return None
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto_class.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except Exception:  # a model's own code may look at its numbers, which are not there
+        return None
+    model.tie_weights()
+    narrow = rounded_parameters(model)
+    done = reads_piecewise(model, source, lambda parameter: torch.bfloat16 if id(parameter) in narrow else torch.float32)
+    return model.eval() if done else None
 
 
 def _check_complete(missing: Iterable[str], source: str) -> None:

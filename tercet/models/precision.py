@@ -25,12 +25,17 @@ def round_lookups(model: PreTrainedModel) -> None:
         embedding.register_forward_hook(_rounded)
 
 
-def round_weights(model: PreTrainedModel) -> None:
-    """Hold in bfloat16 what is rounded anyway, and the rest in float32."""
+def rounded_parameters(model: PreTrainedModel) -> set[int]:
+    """The ids of the parameters that are rounded."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [*linear_layers(model.base_model), *([] if head is None else [head]), embedding]
     wide = set() if _is_plain(embedding) else {id(parameter) for parameter in embedding.parameters()}
-    rounded = {id(parameter) for module in modules for parameter in module.parameters()} - wide
+    return {id(parameter) for module in modules for parameter in module.parameters()} - wide
+
+
+def round_weights(model: PreTrainedModel) -> None:
+    """Hold in bfloat16 what is rounded anyway, and the rest in float32."""
+    rounded = rounded_parameters(model)
     for parameter in model.parameters():
         # The others are copied, lest one small tensor keeps the checkpoint's whole file in memory.
         kept = parameter.data.bfloat16() if id(parameter) in rounded else parameter.data.to(torch.float32, copy=True)

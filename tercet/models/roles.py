@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
+from tercet.algo.logprobs import LogitTransform, last_states, logits_logprobs, response_states, token_logprobs
 from tercet.models.attention import attention_window, use_packed_attention
 from tercet.models.fused import fuse_gates, fuse_norms
 from tercet.models.kernels import fuse_activations, use_fast_products
@@ -89,12 +89,16 @@ class _Role(nn.Module):
 
 
 class Policy(_Role):
-    """A causal language model that gives the log-probabilities of response tokens."""
+    """A causal language model that gives the log-probabilities of response tokens.
+
+    transform: what it makes of its output layer's products; None if that is something else than LogitTransform knows, and the model
+    has to be asked for its logits, all of them at once.
+    """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32):
         super().__init__(model, compute_dtype)
         with self.autocast():
-            self.own_logits = not _head_is_plain(model)
+            self.transform = _logit_transform(model)
 
     def forward(
         self, sequences: Sequences, *, temperature: float = 1.0, with_entropy: bool = False
@@ -105,22 +109,26 @@ class Policy(_Role):
         """
         mask, targets = sequences.response_mask, sequences.response_ids
         with self.autocast():
-            if self.own_logits:
-                states = self.model(input_ids=sequences.input_ids, use_cache=False).logits
-                picked = response_states(states, sequences.prompt_lens, mask.shape[1])[mask]
+            if self.transform is None:
+                every = self.model(input_ids=sequences.input_ids, use_cache=False).logits
+                picked = response_states(every, sequences.prompt_lens, mask.shape[1])[mask]
                 logprobs, entropy = logits_logprobs(picked, targets[mask], temperature=temperature, with_entropy=with_entropy)
             else:
                 picked = response_states(self.hidden(sequences), sequences.prompt_lens, mask.shape[1])[mask]
                 weight, bias = self.head.weight, self.head.bias
-                logprobs, entropy = token_logprobs(
-                    picked, targets[mask], weight, bias, temperature=temperature, with_entropy=with_entropy
-                )
+                options: Any = {"temperature": temperature, "transform": self.transform, "with_entropy": with_entropy}
+                logprobs, entropy = token_logprobs(picked, targets[mask], weight, bias, **options)
         return _spread(logprobs, mask), None if entropy is None else _spread(entropy, mask)
 
     @property
     def head(self) -> nn.Linear:
-        """The output layer: states (N, D) to logits (N, V)."""
+        """The output layer: states (N, D) to products (N, V)."""
         return self.model.get_output_embeddings()
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (N, V) of states (N, D) under autocast; not of a model without a transform."""
+        assert self.transform is not None
+        return self.transform(self.head(states))
 
 
 class ScoreModel(_Role):
@@ -212,23 +220,39 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether head(hidden) gives the model's own logits; not so where a model scales or caps them (Gemma-2, Cohere, Granite)."""
+def _logit_transform(model: PreTrainedModel) -> LogitTransform | None:
+    """What the model makes of its output layer's products: found by putting numbers of our own in their place."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        return False
+        return None
+    wide = torch.float32 if model.device.type == "mps" else torch.float64
+    # From so small that no cap is felt to so large that nothing else is.
+    numbers = torch.tensor([1e-6, 0.0, -0.1, 1.0, -10.0, 1e2, -1e6], dtype=wide, device=model.device)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def replaced(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        seen.append((inputs[0], numbers.repeat(-(-output.numel() // len(numbers)))[: output.numel()].view_as(output)))
+        return seen[-1][1]
+
     probe = torch.arange(4, device=model.device)[None] % embedding_rows(model)
-    # A cap does not show in the small logits of a young model: make them large while we look.
-    amplifier = head.register_forward_hook(lambda module, inputs, output: output * 1e4)
     was_training = model.training
     model.eval()  # a model object of the user's may have dropout
+    states = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+    handle = head.register_forward_hook(replaced)
     try:
-        expected = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
         logits = model(input_ids=probe, use_cache=False).logits
     finally:
-        amplifier.remove()
+        handle.remove()
         model.train(was_training)
-    return bool((expected - logits).abs().max() <= 1e-4 * expected.abs().max())
+    if len(seen) != 1 or seen[0][0].shape != states.shape or logits.shape != seen[0][1].shape:
+        return None
+    inputs, products = seen[0]
+    scale = float(logits.flatten()[0] / products.flatten()[0])
+    highest = float(logits.abs().max()) / abs(scale)
+    transform = LogitTransform(scale, highest if highest < 1e5 else None)
+    states = states.to(inputs.dtype)  # some models bring them into the head's
+    plain = bool((inputs - states).abs().max() <= 1e-4 * states.abs().max()) and scale > 0
+    return transform if plain and torch.allclose(transform(products), logits.to(products), rtol=1e-5, atol=1e-8) else None
 
 
 @torch.no_grad()

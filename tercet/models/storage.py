@@ -1,4 +1,4 @@
-"""Checkpoints tensor by tensor: what their files hold, and models that are saved with one tensor in memory at a time."""
+"""Checkpoints tensor by tensor: what their files hold, and models that are read or saved with one tensor more in memory than they need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -22,16 +22,16 @@ _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def stored_tensors(source: str) -> dict[str, Path]:
     """The file that holds each tensor of a checkpoint, a folder or a hub name; empty if it is not stored as safetensors."""
+    single = _file(source, _FILE)  # where both are, transformers reads this one
+    if single is not None:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
     index = _file(source, _INDEX)
-    if index is not None:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        paths = {file: _file(source, file) for file in set(files.values())}
-        return {name: path for name, file in files.items() if (path := paths[file]) is not None}
-    single = _file(source, _FILE)
-    if single is None:
+    if index is None:
         return {}
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    paths = {file: _file(source, file) for file in set(files.values())}
+    return {name: path for name, file in files.items() if (path := paths[file]) is not None}
 
 
 def _file(source: str, name: str) -> Path | None:
@@ -56,14 +56,9 @@ def saves_piecewise(
     """Let `save_pretrained` of a model on the meta device write finish(name, tensor) of each of its tensors, in float32, from those that
     the checkpoint `source` has, and `own` ones as they are. False if the checkpoint has other names for them (then nothing is
     changed): transformers brings those into the model's order only when it loads all of them."""
-    stored, prefix = stored_tensors(source), f"{model.base_model_prefix}."
-    places = {}
-    for name in _saved_names(model):
-        key = name if name in stored else name.removeprefix(prefix)  # a base model's checkpoint has no prefix
-        if key in stored:
-            places[name] = key, stored[key]
-        elif name not in own:
-            return False
+    places = _places(model, source)
+    if any(name not in places and name not in own for name in _saved_names(model)) or _ties_differ(model, places):
+        return False
 
     def read(name: str) -> Tensor:
         if name in own:
@@ -73,6 +68,53 @@ def saves_piecewise(
 
     model.__dict__["save_pretrained"] = functools.partial(_save, model, read)
     return True
+
+
+@torch.no_grad()
+def reads_piecewise(model: PreTrainedModel, source: str, dtypes: Callable[[Tensor], torch.dtype]) -> bool:
+    """Give a model whose parameters are on the meta device those of the checkpoint `source`, each in dtypes(parameter): no file is in
+    memory beside the model. False if transformers has to read it: the checkpoint has other names for them, tensors of other shapes, or
+    several for what the model ties. The model is of no use then."""
+    places = _places(model, source)
+    if _ties_differ(model, places):
+        return False
+    for name in _saved_names(model):
+        layer, _, last = name.rpartition(".")
+        module = model.get_submodule(layer)
+        wanted = getattr(module, last)
+        found = _tensor(places[name][1], places[name][0]) if name in places else None
+        if found is None or found.shape != wanted.shape:
+            return False
+        if isinstance(wanted, nn.Parameter):
+            setattr(module, last, nn.Parameter(found.to(dtypes(wanted))))
+        else:
+            wanted.copy_(found)
+    model.tie_weights()
+    return not any(parameter.is_meta for parameter in model.parameters())
+
+
+def _places(model: PreTrainedModel, source: str) -> dict[str, tuple[str, Path]]:
+    """The tensors of a model that a checkpoint has, tied ones under each of their names: their names there, and files."""
+    stored, prefix = stored_tensors(source), f"{model.base_model_prefix}."
+    found = {}
+    for name in [*_saved_names(model), *_tied_names(model)]:
+        key = name if name in stored else name.removeprefix(prefix)  # a base model's checkpoint has no prefix
+        if key in stored:
+            found[name] = key, stored[key]
+    return found
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Every further name of a tied parameter -> its first."""
+    first: dict[int, str] = {}
+    pairs = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: other for name, other in pairs.items() if name != other}
+
+
+def _ties_differ(model: PreTrainedModel, places: Mapping[str, tuple[str, Path]]) -> bool:
+    """Whether the checkpoint has different tensors for what the configuration ties: transformers leaves them apart."""
+    both = [(places[name], places[other]) for name, other in _tied_names(model).items() if name in places and other in places]
+    return any(not torch.equal(_tensor(path, key), _tensor(own_path, own)) for (key, path), (own, own_path) in both)
 
 
 def _saved_names(model: PreTrainedModel) -> list[str]:

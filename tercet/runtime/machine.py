@@ -131,7 +131,7 @@ def measured_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def release_free_memory() -> None:
-    """Hand back what loading models has left free: from here on, what is freed is kept for reuse."""
+    """Hand back what loading models, or a stage, has left free: from here on, what is freed is kept for reuse."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -185,7 +185,7 @@ def _device(name: str) -> torch.device:
         if device.type == "cuda" and device.index is None:  # as World.start does: a rank must not touch another's GPU
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:  # the last where torch was built without it
         raise TercetError(
             f"machine.device: {name!r} cannot be used here ({str(error).splitlines()[0]}): try auto, or cpu for a run that began on "
             "another device, which its config.yaml keeps"

@@ -1,6 +1,7 @@
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tercet.algo import logprobs as module
-from tercet.algo.logprobs import last_states, logits_logprobs, response_states, token_logprobs
+from tercet.algo.logprobs import LogitTransform, last_states, logits_logprobs, response_states, token_logprobs
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -131,6 +132,29 @@ def test_chunks_change_nothing(chunk_elements: int, narrowest: int, with_bias: b
     gradients = torch.autograd.grad((logprobs * coefficients).sum(), [states, *head])
     for actual, wanted in zip(gradients, expected, strict=True):
         assert torch.allclose(actual, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk_elements", [11, 10_000])
+@pytest.mark.parametrize("transform", [LogitTransform(0.25), LogitTransform(1.0, 3.0), LogitTransform(2.0, 0.7)], ids=str)
+def test_scaled_and_capped_logits(transform: LogitTransform, chunk_elements: int, dtype: torch.dtype) -> None:
+    """Against the formula written out: scale * cap * tanh(product / cap); a bias that all logits share is none to the cap."""
+    states, coefficients, targets = normal(8, 3).requires_grad_(), normal(8, seed=2), torch.arange(8)
+    head = [normal(11, 3, seed=1).requires_grad_(), (normal(11, seed=5) + 1.0).requires_grad_()]
+    products = states @ head[0].T + head[1]
+    logits = products if transform.cap is None else torch.tanh(products / transform.cap) * transform.cap
+    assert torch.allclose(transform(products), transform.scale * logits, rtol=1e-12)
+    wanted = logits_logprobs(transform.scale * logits, targets, 0.7, with_entropy=True)
+    slopes = torch.autograd.grad((wanted[0] * coefficients).sum(), [states, *head])
+    inputs = [tensor.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_() for tensor in (states, *head)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        options: dict[str, Any] = {"temperature": 0.7, "transform": transform, "chunk_elements": chunk_elements}
+        found = token_logprobs(inputs[0], targets, *inputs[1:], with_entropy=True, **options)
+    found_slopes = torch.autograd.grad((found[0] * coefficients.to(found[0])).sum(), inputs)
+    tolerance = 1e-10 if dtype is torch.float64 else 0.03
+    for actual, expected in zip((*found, *found_slopes), (*wanted, *slopes), strict=True):
+        assert actual is not None and expected is not None
+        assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize(("count", "multiplied"), [(1, 32), (64, 64), (300, 320)])

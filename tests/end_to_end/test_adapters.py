@@ -1,6 +1,7 @@
 """Whole runs with low-rank adapters on one backbone: the same folders and checkpoints as without."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tercet.config import load_config
+from tercet.jobs import workshop
 from tercet.jobs.workshop import adapter_folder
 from tercet.pipeline import Pipeline
+from tercet.runtime.machine import release_free_memory
 from tercet.runtime.stage import Interrupt
 from tercet.types import TercetError
 
@@ -54,6 +57,27 @@ def test_what_is_evaluated_is_the_adapter_on_the_backbone(adapted: Path) -> None
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(adapted / "ppo/model")
         assert torch.allclose(policy.model(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-4)
+
+
+def test_the_backbone_of_a_stage_is_gone_when_the_next_ones_is_read(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = Pipeline(load_config(adapted / "config.yaml")).workshop(Interrupt())
+    policy = shop.load_policy(shop.base)
+    before = weakref.ref(shop.backbone(shop.base).reference.model.base_model)
+    del policy
+    release_free_memory()  # as the pipeline does between two stages
+    alive: list[bool] = []
+    read = workshop.load_causal_lm
+    monkeypatch.setattr(
+        workshop, "load_causal_lm", lambda *args, **options: alive.append(before() is not None) or read(*args, **options)
+    )  # type: ignore[func-returns-value]
+    shop.load_policy(shop.sft_source)
+    assert alive == [False]
+
+
+def test_an_adapters_configuration_does_not_depend_on_the_process(adapted: Path) -> None:
+    for name in ("sft/model", "reward/model", "ppo/model", "ppo/value"):
+        layers = json.loads((adapter_folder(adapted / name) / "adapter_config.json").read_text())["target_modules"]
+        assert layers == sorted(layers) and len(layers) > 1
 
 
 def test_the_run_has_the_figures_of_any_other(adapted: Path, finished_run: Path) -> None:

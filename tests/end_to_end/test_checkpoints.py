@@ -13,6 +13,7 @@ from model_zoo import bpe_tokenizer, causal_lm, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from tercet.config import load_config
+from tercet.models import roles
 from tercet.models.load import load_causal_lm, load_classifier
 from tercet.models.roles import Policy, ScoreModel
 from tercet.pipeline import Pipeline
@@ -88,8 +89,18 @@ def test_all_stages_from_a_checkpoint(
     check_run(folder)
     first = lines(folder / "ppo/metrics.jsonl")[0]
     assert abs(first["kl"]) < 1e-5 and first["sampler_logprob_gap"] < 1e-4
-    announced = "computed by the model itself (slower)" in " ".join(capsys.readouterr().err.split())
-    assert announced == (architecture == "gemma2")
+    assert "is not known" not in capsys.readouterr().err
+
+
+def test_all_stages_of_a_model_that_has_to_be_asked_for_its_logits(
+    runs: Any, lines: Callable[[Path], list[Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "_logit_transform", lambda model: None)
+    folder = runs.run(model={"name": base_model(runs.folder / "base", "gpt2")}, ppo={"kl": {"coef": 0.01}})
+    check_run(folder)
+    first = lines(folder / "ppo/metrics.jsonl")[0]
+    assert abs(first["kl"]) < 1e-5 and first["sampler_logprob_gap"] < 1e-4
+    assert "computes all logits at once itself: slower" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("architecture", ["cohere", "granite"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,21 @@ def test_a_bfloat16_policy_is_sampled_with_the_weights_of_its_last_step(architec
     with torch.no_grad():
         logprobs, _ = policy(fresh)
     assert (fresh.sampler_logprobs - logprobs).abs().max() < 0.5
+
+
+def test_a_cap_sees_what_all_logits_share_also_in_bfloat16() -> None:
+    """Without it, which changes no other softmax, these would be the log-probabilities of another model."""
+    model = causal_lm("gemma2", final_logit_softcapping=5.0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(0.5)
+    policy = Policy(model, torch.bfloat16)
+    sequences = generator_of(policy).sample(some_prompts(), numbers())
+    with torch.no_grad():
+        logprobs, _ = policy(sequences)
+        exact, _ = Policy(copy.deepcopy(model))(sequences)
+    assert sequences.sampler_logprobs is not None
+    for found in (sequences.sampler_logprobs, logprobs):
+        assert (found - exact).abs().max() < 0.3
 
 
 def test_a_float32_policy_is_sampled_as_it_stands() -> None:

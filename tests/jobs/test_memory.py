@@ -17,7 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tercet.algo.products import onednn_computes
 from tercet.config import load_config
-from tercet.jobs.memory import ADAPTER_GAPS, GIB, HEAD_CHUNK, MIB, PROCESS, Load, Shape, _activations, load_of, needs
+from tercet.jobs.memory import (
+    ADAPTER_APART,
+    ADAPTER_GAPS,
+    GIB,
+    HEAD_CHUNK,
+    MIB,
+    PROCESS,
+    Load,
+    Shape,
+    _activations,
+    load_of,
+    needs,
+)
 from tercet.models.attention import keeps_weights
 from tercet.models.roles import Policy
 from tercet.runtime.machine import Machine
@@ -124,19 +136,20 @@ def test_weights_and_training_state_by_hand() -> None:
     shared = {need.stage: need for need in needs(shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))}
     adapter = 4 * 16 * shape.adapter
     assert (shared["ppo"].weights, shared["ppo"].training) == (policy + 3 * adapter, 2 * 2 * adapter + adapter)
-    assert (
-        shared["ppo"].working
-        == 2 * 4 * shape.head
-        > ADAPTER_GAPS * _activations("ppo", shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))
-    )
+    merging = 2 * 4 * shape.head
+    assert merging > ADAPTER_GAPS * _activations("ppo", shape, Load(torch.bfloat16, 16, tokens, tokens, 1, 1))
+    copies = 2 * (shape.linear + shape.head)
+    one_row = 12 * 2 * 768 * (4 + 2) // 2 + 50_257 * 4 * 4
+    assert shared["ppo"].working == max(merging, one_row + copies) + int(ADAPTER_APART * min(merging, one_row + copies))
+    assert shared["reward"].working == max(merging, one_row + copies)
     assert shared["evaluate"].weights == 2 * policy
     # Sampling multiplies by copies of the frozen weights, where they are small, and of the output layer.
     rows = Load(torch.bfloat16, 16, tokens, tokens, 1000, 600)
     cache = 1000 * 600 * 12 * 2 * 768 * (4 + 2) // 2 + 1000 * 50_257 * 4 * 4
     small, large = ({need.stage: need for need in needs(shape_of(name), rows)}["ppo"] for name in ("GPT-2", "Llama-3.1-8B"))
-    assert small.working == cache + 2 * (shape.linear + shape.head)
+    assert small.working == cache + copies + int(ADAPTER_APART * merging)
     large_cache = 1000 * 600 * 32 * 2 * 8 * 128 * (4 + 2) // 2 + 1000 * 128_256 * 4 * 4
-    assert large.working == large_cache + 2 * 4_096 * 128_256
+    assert large.working == large_cache + 2 * 4_096 * 128_256 + int(ADAPTER_APART * 2 * 4 * 4_096 * 128_256)
     untied = shape_of("Llama-3.1-8B")  # an input embedding of its own beside the output layer, which a scorer lacks
     frozen = {need.stage: need for need in needs(untied, Load(torch.bfloat16, None, tokens, tokens, 1, 1))}["evaluate"]
     rest = untied.parameters - untied.linear - 2 * untied.head

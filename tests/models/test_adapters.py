@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model_zoo import SHAPES, causal_lm, ragged
-from transformers import AutoModelForCausalLM, FalconConfig
+from transformers import AutoModelForCausalLM, FalconConfig, MambaConfig
 
 from tercet.models import adapters
 from tercet.models.adapters import Backbone, Rank
@@ -156,3 +156,13 @@ def test_a_policy_comes_back_from_its_folder(tmp_path: Path) -> None:
     again = backbone.policy(tmp_path / "a", seed=4)
     torch.testing.assert_close(again(sequences)[0], policy(sequences)[0], rtol=1e-6, atol=1e-6)
     assert not torch.equal(again(sequences)[0], backbone.reference(sequences)[0])
+
+
+def test_layers_that_peft_leaves_alone_are_one_sentence() -> None:
+    """A Mamba's output layers go into a kernel of its own, past any adapter."""
+    config = MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4, conv_kernel=3)
+    backbone = Backbone("some/mamba", lambda half: AutoModelForCausalLM.from_config(config), torch.float32, Rank(2, 6))
+    with pytest.raises(
+        TercetError, match=r"^some/mamba: adapters cannot be added to MambaForCausalLM \(.*train this model without"
+    ):
+        backbone.policy(seed=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import ARCHITECTURES, OWN_LOGITS, SHAPES, causal_lm, ragged
+from model_zoo import ARCHITECTURES, SHAPES, causal_lm, ragged
 from torch import Tensor
 
 from tercet.models import attention
@@ -19,7 +19,7 @@ from tercet.models.roles import Policy, ScoreModel
 from tercet.types import Sequences
 
 LENGTHS = [25, 7, 20, 1, 5, 24, 11]
-PACKED = [name for name in ARCHITECTURES if name not in OWN_LOGITS]
+PACKED = [name for name in ARCHITECTURES if name != "gemma2"]  # caps attention, too
 
 
 def texts(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,8 @@ def test_states_and_gradients_are_those_of_the_padded_layout(architecture: str, 
         (states * slope)[real].sum().backward()
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
         both.append((states.detach()[real], gradients))
-    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-11)
+    rounding = 1e-5 if architecture == "cohere" else 1e-9  # its norms are computed in float32 whatever the model is in
+    torch.testing.assert_close(*both, rtol=rounding, atol=rounding / 100)
     assert any(gradient.abs().max() > 1e-3 for gradient in both[0][1].values())
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from model_zoo import ARCHITECTURES, CLASSIFIERS, OWN_LOGITS, SHAPES, bert, causal_lm, classifier, ragged, word_tokenizer
+from model_zoo import ARCHITECTURES, CLASSIFIERS, SHAPES, TRANSFORMS, bert, causal_lm, classifier, ragged, word_tokenizer
 from torch import Tensor, nn
 
+from tercet.algo.logprobs import LogitTransform
 from tercet.models.load import load_causal_lm
-from tercet.models.roles import Policy, ScoreModel, init_score_head
+from tercet.models.roles import Policy, ScoreModel, _logit_transform, init_score_head
 from tercet.runtime.distributed import World
 from tercet.runtime.optim import Optimizer
 from tercet.types import Sequences, TercetError
@@ -78,16 +80,78 @@ def test_two_forwards_in_training_mode_are_bitwise_equal(architecture: str, tmp_
 
 
 @EVERY
-def test_models_that_scale_or_cap_their_logits_are_noticed(architecture: str) -> None:
-    assert Policy(causal_lm(architecture)).own_logits == (architecture in OWN_LOGITS)
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16])
+def test_what_models_make_of_their_logits_is_found(architecture: str, dtype: torch.dtype) -> None:
+    found, wanted = Policy(causal_lm(architecture), dtype).transform, TRANSFORMS.get(architecture, LogitTransform())
+    assert found is not None and (found.cap is None) == (wanted.cap is None)
+    assert (found.scale, found.cap or 0.0) == pytest.approx((wanted.scale, wanted.cap or 0.0), rel=1e-12)
 
 
-def test_a_cap_is_noticed_while_the_logits_are_still_small() -> None:
-    model = causal_lm("gemma2", final_logit_softcapping=30.0)
+@pytest.mark.parametrize("vocabulary", [2, 8])
+def test_a_cap_is_noticed_while_the_logits_are_still_small(vocabulary: int) -> None:
+    model = causal_lm("gemma2", vocabulary, final_logit_softcapping=30.0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.05)  # as of a model just made: the cap moves logits of this size by less than rounding
-    assert Policy(model).own_logits
+    transform = Policy(model).transform
+    assert transform is not None and transform.cap == pytest.approx(30.0)
+
+
+@EVERY
+def test_gradients_are_those_of_transformers(architecture: str) -> None:
+    model, sequences = causal_lm(architecture), ragged(SHAPES)
+    plain, policy = copy.deepcopy(model).double().eval(), Policy(model, DOUBLE)
+    policy(sequences, temperature=0.7)[0].sum().backward()
+    for row, (_, length) in enumerate(SHAPES):
+        if length:
+            by_hand(plain, sequences, row, 0.7)[0].sum().backward()
+    wanted = {name: p.grad for name, p in plain.named_parameters()}
+    assert any(gradient is not None and gradient.abs().max() > 1e-2 for gradient in wanted.values())
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_states_that_a_model_brings_into_the_heads_precision_are_the_same_states() -> None:
+    """As Mamba's and others' do: a frozen head in bfloat16 gets rounded ones."""
+    policy = Policy(causal_lm("llama_untied"), torch.bfloat16)
+    policy.freeze()
+    head = policy.head
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
+    with policy.autocast():
+        assert _logit_transform(policy.model) == LogitTransform()
+
+
+ODD: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
+    "a bias after the head": lambda module, inputs, output: output + torch.arange(output.shape[-1]) / 100,
+    "another cap": lambda module, inputs, output: output.clamp(-3.0, 3.0),
+    "the other sign": lambda module, inputs, output: -output,
+}
+
+
+@pytest.mark.parametrize("way", [*ODD, "the states are scaled before"])
+def test_a_model_whose_logits_are_of_no_known_kind_computes_them_itself(way: str) -> None:
+    model = causal_lm("llama_untied")
+    if way in ODD:
+        forward = model.forward
+
+        def odd(*args: Any, **kwargs: Any) -> Any:
+            found = forward(*args, **kwargs)
+            found.logits = ODD[way](model, args, found.logits)
+            return found
+
+        model.forward = odd
+    else:
+        model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 3,))
+    policy, sequences = Policy(model), ragged(SHAPES)
+    assert policy.transform is None
+    with torch.no_grad():
+        logprobs, entropy = policy(sequences, temperature=0.7, with_entropy=True)
+        for row, (_, length) in enumerate(SHAPES):
+            if length:
+                wanted, wanted_entropy = by_hand(model, sequences, row, 0.7)
+                torch.testing.assert_close(logprobs[row, :length].double(), wanted, rtol=0, atol=1e-4)
+                assert entropy is not None
+                torch.testing.assert_close(entropy[row, :length].double(), wanted_entropy, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
@@ -279,5 +343,5 @@ def test_the_zoo_is_random_enough_for_the_comparisons_above_to_mean_something(ar
 
 def test_models_given_in_training_mode_are_probed_without_their_dropout() -> None:
     model = causal_lm("gpt2").train()  # dropout 0.1
-    assert not Policy(model).own_logits and model.training
+    assert Policy(model).transform == LogitTransform() and model.training
     assert ScoreModel(classifier("gpt2").train()).model.training

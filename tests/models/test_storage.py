@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import LLAMA_LIKE, SHAPES, bpe_tokenizer, causal_lm, ragged, write_checkpoint
+from accelerate import init_empty_weights
+from model_zoo import ARCHITECTURES, LLAMA_LIKE, SHAPES, bpe_tokenizer, causal_lm, ragged, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -30,10 +31,7 @@ def backbone_of(source: str, dtype: torch.dtype = torch.float32) -> Backbone:
 
 def loaded(load: Any, source: str, half: bool) -> Any:
     """As the workshop loads."""
-    model = load(source, as_stored=half)
-    if half:
-        round_weights(model)
-    return model
+    return load(source, rounded=half)
 
 
 def moved(role: Any) -> Any:
@@ -148,8 +146,10 @@ def test_half_is_what_freezing_leaves(architecture: str, tmp_path: Path) -> None
         if narrow:
             load_causal_lm(source).bfloat16().save_pretrained(folder)
         assert stored_in_bfloat16(folder) is narrow
+        assert {p.dtype for p in load_causal_lm(folder, as_stored=True).parameters()} == {
+            torch.bfloat16 if narrow else torch.float32
+        }
         for load, kind in ((load_causal_lm, Policy), (lambda f, **o: load_classifier(f, num_labels=1, **o), ScoreModel)):
-            assert {p.dtype for p in load(folder, as_stored=True).parameters()} == {torch.bfloat16 if narrow else torch.float32}
             torch.manual_seed(0)  # a new head's
             wanted = kind(load(folder), torch.bfloat16)
             torch.manual_seed(0)
@@ -166,6 +166,95 @@ def test_half_is_what_freezing_leaves(architecture: str, tmp_path: Path) -> None
     mixed = {f"w{i}": torch.ones(2, dtype=dtype) for i, dtype in enumerate((torch.bfloat16, torch.float32))}
     save_file(mixed, tmp_path / "narrow/model.safetensors", {"format": "pt"})
     assert not stored_in_bfloat16(str(tmp_path / "narrow"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounded_reading_is_rounding_what_transformers_reads(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters, buffers and results. GPT-NeoX's checkpoints have other names than its modules: they are left to transformers."""
+    source = write_checkpoint(tmp_path, causal_lm(architecture))
+    wanted = load_causal_lm(source)
+    round_weights(wanted)
+    read = AutoModelForCausalLM.from_pretrained
+    whole: list[Any] = []
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **options: whole.append(1) or read(*args, **options)
+    )  # type: ignore[func-returns-value]
+    found = load_causal_lm(source, rounded=True)
+    assert (not whole or architecture == "gpt_neox") and not found.training
+    own, theirs = ({**dict(model.named_parameters()), **dict(model.named_buffers())} for model in (found, wanted))
+    assert own.keys() == theirs.keys()
+    for name, tensor in own.items():
+        assert tensor.dtype is theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+    assert found.config.to_dict() == wanted.config.to_dict() and found.config.name_or_path == wanted.config.name_or_path
+    policies = [Policy(model, torch.bfloat16) for model in (found, wanted)]
+    with torch.no_grad():
+        assert torch.equal(*(policy(ragged(SHAPES))[0] for policy in policies))
+
+
+def test_a_rounded_model_holds_nothing_of_the_file(tmp_path: Path) -> None:
+    """Each tensor has memory of its own: views would keep the whole file."""
+    model = load_causal_lm(write_checkpoint(tmp_path, causal_lm("llama_untied")), rounded=True)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama_tied"])
+def test_a_head_of_its_own_stays_where_the_configuration_says_tied(architecture: str, tmp_path: Path) -> None:
+    """transformers keeps what a checkpoint has; rounded, and merged with an adapter, too. Equal copies are tied."""
+    model = causal_lm(architecture)
+    source = write_checkpoint(tmp_path / "base", model)
+    path = tmp_path / "base/model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    for difference in (1.0, 0.0):
+        head = model.get_output_embeddings().weight.detach() + difference * torch.eye(288, 32)
+        path.unlink()
+        save_file({**tensors, "lm_head.weight": head.clone()}, path, {"format": "pt"})
+        wanted = load_causal_lm(source)
+        assert torch.equal(wanted.get_output_embeddings().weight, head)
+        round_weights(wanted)
+        found = load_causal_lm(source, rounded=True)
+        assert torch.equal(found.get_output_embeddings().weight, head.bfloat16())
+        merged = save(backbone_of(source).policy(seed=0), tmp_path / f"out{difference}")
+        assert torch.equal(merged["lm_head.weight"], head) if difference else "lm_head.weight" not in merged
+
+
+def test_the_single_file_is_read_where_there_is_an_index_too(tmp_path: Path) -> None:
+    """As transformers does."""
+    causal_lm("gpt2", seed=1).save_pretrained(tmp_path, max_shard_size="20KB")
+    causal_lm("gpt2", seed=2).save_pretrained(tmp_path / "single")
+    (tmp_path / "single/model.safetensors").rename(tmp_path / "model.safetensors")
+    wanted = load_causal_lm(str(tmp_path))
+    round_weights(wanted)
+    for own, other in zip(load_causal_lm(str(tmp_path), rounded=True).parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_buffers_that_a_checkpoint_has_are_read(tmp_path: Path) -> None:
+    model = causal_lm("gpt2")
+    model.register_buffer("scale", torch.full((3,), 2.0))
+    model.save_pretrained(tmp_path)
+    with init_empty_weights(include_buffers=False):
+        read = AutoModelForCausalLM.from_config(model.config)
+        read.register_buffer("scale", torch.zeros(3))
+    read.tie_weights()
+    assert storage.reads_piecewise(read, str(tmp_path), lambda parameter: torch.float32)
+    assert read.scale.tolist() == [2.0, 2.0, 2.0] and torch.equal(read.lm_head.weight, model.lm_head.weight)
+
+
+def test_rounded_reading_refuses_what_whole_reading_refuses(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path, causal_lm("gpt2"))
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    for change in ({"transformer.ln_f.weight": None}, {"transformer.ln_f.weight": torch.ones(7)}):
+        path.unlink()
+        save_file({name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}, path, {"format": "pt"})
+        sentences = []
+        for rounded in (False, True):
+            with pytest.raises(TercetError) as caught:
+                load_causal_lm(source, rounded=rounded)
+            sentences.append(str(caught.value))
+        assert sentences[0] == sentences[1]
 
 
 def test_norms_and_scaled_embeddings_stay_wide(tmp_path: Path) -> None:
