@@ -47,6 +47,11 @@ def evaluate(
 
 
 def _pipeline(config: Any, model: Any, tokenizer: Any, reward: Callable[..., list[float]] | None) -> Pipeline:
+    if reward is not None and not callable(reward):
+        raise TercetError(f"reward= is a {type(reward).__name__}: give a function(prompts, responses, **fields) -> list[float]")
+    for name, given in (("model", model), ("tokenizer", tokenizer)):
+        if given is not None and not hasattr(given, "save_pretrained"):
+            raise TercetError(f"{name}= is a {type(given).__name__}: give a transformers {name}, as from_pretrained returns it")
     if model is not None:
         values = config.model_dump() if isinstance(config, Config) else config
         if tokenizer is None or not isinstance(values, Mapping):

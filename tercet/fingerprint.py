@@ -36,6 +36,7 @@ _INSIDE = [f"evaluation.{name}" for name in ("prompts", "greedy", "judges", "gol
 # And the card of a reward model from elsewhere, which is written there.
 _CARD = ["reward", "data.comparisons", "data.eval_comparisons", "data.held_out"]
 _NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit")
+_TIMEOUT = "timeout"  # of a reward function: what it may take, not what it gives
 # What may be named by a path here: folders with a model, "file.py:name". Their contents count, and not where they are kept.
 _PATHS: tuple[str, ...] = ("model.name", "reward.use", "ppo.policy", "ppo.value_model", "ppo.rewards")
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
@@ -52,7 +53,7 @@ def fingerprints(
     for stage in stages:
         depends = [*_DEPENDS[stage], *(_INSIDE if stage == "ppo" and config.ppo.evaluate_every else [])]
         depends += _CARD if stage == "evaluate" and config.reward.use is not None else []
-        keys = [key for key in flat if _under(key, depends) and key not in _NO_EFFECT]
+        keys = [key for key in flat if _under(key, depends) and key not in _NO_EFFECT and not key.endswith(f".{_TIMEOUT}")]
         settings: dict[str, Any] = {}
         data: dict[str, Any] = {}
         for key in keys:
@@ -102,7 +103,7 @@ def _named(value: Any, key: str, data: dict[str, Any], folders: Callable[[Path],
     if isinstance(value, list):
         return [_named(item, f"{key}.{place}", data, folders) for place, item in enumerate(value)]
     if isinstance(value, dict):
-        return {name: _named(item, f"{key}.{name}", data, folders) for name, item in value.items()}
+        return {name: _named(item, f"{key}.{name}", data, folders) for name, item in value.items() if name != _TIMEOUT}
     if not isinstance(value, str):
         return value
     file, _, function = value.rpartition(":")

@@ -11,12 +11,12 @@ from rich.table import Table
 from tercet.pipeline import RunResult
 
 _ROWS = {
-    "score": "reward model's score",
+    "score": "training reward",
     "judge": "second reward model's score",
     "gold": "gold score",
     "kl": "KL to SFT, nats per response",
     "length": "length, tokens",
-    "finished": "ended by EOS",
+    "finished": "ended by a stop token",
     "distinct2": "distinct bigrams",
 }
 

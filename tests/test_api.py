@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +183,18 @@ def test_without_demonstrations_the_model_as_it_came_is_the_reference(
     assert not (tmp_path / "run/sft").exists() and (tmp_path / "run/evaluation/wins.json").exists()
     with pytest.raises(TercetError, match=r"(?s)stage reward was finished.*model\.template"):
         tercet.run({**settings, "model": {"name": str(base), "template": "chat"}})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"reward": 3}, r"^reward= is a int: give a function"),
+        ({"model": 1, "tokenizer": 2}, r"^model= is a int: give a transformers model"),
+        ({"model": SimpleNamespace(save_pretrained=print), "tokenizer": 2}, r"^tokenizer= is a int"),
+    ],
+)
+def test_what_is_no_function_or_model_is_said(given: dict[str, Any], said: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(TercetError, match=said):
+        tercet.run(settings, **given)
+    with pytest.raises(TercetError, match="the configuration is a int: give a YAML file"):
+        tercet.run(3)

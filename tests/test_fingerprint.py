@@ -211,3 +211,13 @@ def test_a_model_from_scratch_depends_on_the_longest_text_of_any_stage(project: 
 
     longer = pretrain(ppo={"max_new_tokens": 900})
     assert list(differences(pretrain(), longer)) == ["model.scratch.positions was 512, is 1156"]
+
+
+def test_how_long_a_reward_function_may_take_changes_nothing(project: Path) -> None:
+    def prints(timeout: float) -> Any:
+        term = {"kind": "function", "function": f"{project}/score.py:f", "timeout": timeout}
+        data = {name: str(project / f"{name}.jsonl") for name in ("sft", "prompts")}
+        values = {"output": "run", "model": {"name": str(project / "model")}, "data": data}
+        return fingerprints(load_config({**values, "ppo": {"rewards": [term]}, "evaluation": {"judges": {"mine": term}}}), STAGES)
+
+    assert prints(1.0) == prints(300.0)

@@ -133,8 +133,10 @@ def load_config(source: str | FilePath | Mapping[str, Any] | Config, overrides: 
         name, values, base = "configuration", source.model_dump(), FilePath.cwd()
     elif isinstance(source, Mapping):
         name, values, base = "configuration", dict(source), FilePath.cwd()
-    else:
+    elif isinstance(source, str | os.PathLike):
         name, values, base = str(source), _read(FilePath(source)), FilePath(source).resolve().parent
+    else:
+        raise TercetError(f"the configuration is a {type(source).__name__}: give a YAML file, a mapping or a Config")
     values = _absolute_paths({"output": Config.model_fields["output"].default, **values}, base)
     for override in overrides:
         _apply(values, override)

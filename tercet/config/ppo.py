@@ -116,6 +116,8 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> PPOConfig:
+        if "" in self.stop:
+            raise ValueError("stop has an empty text, which would end nothing: leave it out")
         if self.rollout_batch_size % self.minibatch:
             divisors = [d for d in range(1, self.rollout_batch_size + 1) if self.rollout_batch_size % d == 0]
             nearest = min(divisors, key=lambda d: abs(d - self.minibatch))

@@ -82,7 +82,7 @@ CAUSES: dict[str, Cause] = {
         0.5,
         0.8,
         "Where demonstrations are cut, they have no end to learn from: raise sft.max_length. Where they are not, raise "
-        "ppo.max_new_tokens to the length of the demonstrations.",
+        "ppo.max_new_tokens to the length of the demonstrations. A model without SFT learns to stop from some (data.sft).",
     ),
     "reward_few": Cause(
         "reward",

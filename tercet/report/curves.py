@@ -58,13 +58,13 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         replace(LEARNING_RATE, more=True),
     ),
     "ppo": (
-        Curve("score", "Score", "reward model's score, mean", held_out="eval_score", marks=(("sft.score", "SFT"),)),
+        Curve("score", "Training reward", "mean", held_out="eval_score", marks=(("sft.score", "SFT"),)),
         Curve(
             "kl", "KL", "policy against reference, nats per response", held_out="eval_kl", marks=(("ppo.kl_budget", "budget"),)
         ),
         Curve("entropy", "Entropy", "nats per token"),
         Curve("length", "Length", "tokens per response", marks=(("sft.length", "SFT"),)),
-        Curve("finished", "Ended by EOS", "share of responses", marks=(("sft.finished", "SFT"),), share=True),
+        Curve("finished", "Ended by a stop token", "share of responses", marks=(("sft.finished", "SFT"),), share=True),
         Curve("clip_fraction", "Clip fraction", "share of tokens outside the clip range", share=True),
         Curve("explained_variance", "Explained variance", "of the returns, by the value model", marks=((0.0, "nothing"),)),
         Curve("gold", "Gold score", "the truth, on the prompts of evaluation", marks=(("gold.sft", "SFT"),)),

@@ -61,14 +61,19 @@ def _sentences(run: RunData, judges: Sequence[str]) -> list[str]:
     ]
     judge = next((name for name in ("judge", "gold", "score") if name in judges), "score")
     found, kl = equal_n(run, judge), number(points[-1].get("kl")) if points else None
-    gain = number(points[-1].get(f"{judge}_gain")) if points else None
+    gain, low, high = (number(points[-1].get(f"{judge}_gain{end}")) if points else None for end in ("", "_low", "_high"))
     if gain is not None and gain <= 0 and kl is not None:
         said.append(f"By the {judge_name(judge)} PPO gained nothing: {signed(gain)} at a KL of {short(kl)} nats.")
+    elif gain is not None and low is not None and high is not None and low <= 0 and kl is not None:
+        said.append(
+            f"By the {judge_name(judge)} PPO's gain of {signed(gain)} at a KL of {short(kl)} nats may be chance (95 % interval "
+            f"{signed(low)} to {signed(high)}): more held-out prompts would tell."
+        )
     elif found is not None and kl is not None:
         n, beyond = found
         much = f"more than the best of {short(n)}" if beyond else f"as much as the best of about {short(round(n))}"
         said.append(
-            f"By the {judge_name(judge)} PPO gained {much} of SFT's samples, picked by the reward model, would have, without "
+            f"By the {judge_name(judge)} PPO gained {much} of SFT's samples, picked by the training reward, would have, without "
             f"sampling more than once. Its KL is {short(kl)} nats; that of best-of-{short(max(1, round(n)))} is "
             f"{short(math.log(max(1, round(n))) - (max(1, round(n)) - 1) / max(1, round(n)))} (log n - (n - 1)/n, an upper bound)."
         )

@@ -46,9 +46,12 @@ def _sft_loss(run: RunData) -> Iterable[Finding]:
 
 def _sft_none(run: RunData) -> Iterable[Finding]:
     kl = run.value("base.kl")
-    if kl is not None:
-        text = f"The base model's responses lie {short(kl)} nats from the SFT policy: both say the same."
-        yield from fault("sft_none", kl, text, short(kl))
+    if kl is None:
+        return
+    each = [value for row in run.samples if row.get("main") is not False and (value := number(row.get("base_kl"))) is not None]
+    most = kl + (1.96 * statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0)
+    text = f"The base model's responses lie {short(kl)} nats from the SFT policy, at most {short(most)}: both say the same."
+    yield from fault("sft_none", most, text, short(kl))
 
 
 def _sft_stops(run: RunData) -> Iterable[Finding]:

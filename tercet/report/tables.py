@@ -11,10 +11,10 @@ from tercet.report.text import MINUS, THIN, duration, percent, plain, short, sig
 
 # figure -> (name, note, is a share); the rows of the comparison, and the order of any table of figures
 FIGURES: dict[str, tuple[str, str, bool]] = {
-    "score": ("Reward model's score", "mean", False),
+    "score": ("Training reward", "what PPO is trained on, mean", False),
     "gold": ("Gold score", "mean", False),
     "kl": ("KL to the reference", "nats per response", False),
-    "finished": ("Ended by EOS", "share", True),
+    "finished": ("Ended by a stop token", "share", True),
     "length": ("Length", "tokens", False),
     "entropy": ("Entropy", "nats per token", False),
     "distinct1": ("Distinct words", "share", False),
@@ -33,7 +33,7 @@ SHARES = ("win_rate", "finished", "accuracy")
 PHASES = ("sync_s", "generate_s", "score_s", "update_s", "evaluate_s")  # of a line of ppo/timings.jsonl
 POLICY_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO", "best": "Best"}
 JUDGE_NAMES = {
-    "score": "reward model's score",
+    "score": "training reward",
     "judge": "second reward model's score",
     "gold": "gold score",
     "bag_of_words": "words alone",

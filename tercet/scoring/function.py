@@ -95,7 +95,7 @@ class FunctionScorer:
         except queue.Empty:
             raise TercetError(
                 f"the reward function {self._name} did not return within {self._timeout:g} s on {len(responses)} responses: "
-                "make it faster or raise its timeout"
+                "raise its timeout, which changes no results, and run the same command again; or make it faster and run with --from ppo"
             ) from None
         if not returned:
             raise TercetError(f"the reward function {self._name} raised {type(value).__name__}: {value}") from value

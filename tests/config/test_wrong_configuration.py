@@ -100,6 +100,7 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "ppo: {rewards: [{label: 1}]}", ["label is set but kind is stage"]),
     (G + "ppo: {rewards: {kind: stage}}", ["ppo.rewards", "list"]),
     (G + "ppo: {stop: END}", ["ppo.stop", "list", "'END'"]),
+    (G + "ppo: {stop: ['']}", ["ppo", "stop has an empty text", "leave it out"]),
     (G + "ppo: {stop: [1]}", ["ppo.stop.0", "string", "found 1"]),
     (G + "evaluation: {main_group: known}", ["main_group is 'known' but group_by is empty"]),
     (G + "evaluation: {judges: {kl: {kind: stage}}}", ["judges", "'kl'", "my_kl"]),

@@ -37,7 +37,7 @@ def test_two_runs_side_by_side(new_run, tmp_path: Path) -> None:
         "42.0\u202f% (81.2\u202f% to 87.7\u202f%)",
     ]
     assert "PPO never left the reference" in html and "Healthy" in html
-    for title in ("Score", "KL", "Gold score", "Second reward model’s score"):
+    for title in ("Training reward", "KL", "Gold score", "Second reward model’s score"):
         assert f"<b>{title}</b>" in html
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids)) and not list(target.parent.glob(".compare*"))

@@ -31,7 +31,17 @@ def test_a_full_run(new_run) -> None:
     assert len(ids) == len(set(ids))
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert all(link and link[1:] in ids for link in links)
-    for title in ("Loss", "Accuracy", "Score", "KL", "Entropy", "Length", "Ended by EOS", "Clip fraction", "Explained variance"):
+    for title in (
+        "Loss",
+        "Accuracy",
+        "Training reward",
+        "KL",
+        "Entropy",
+        "Length",
+        "Ended by a stop token",
+        "Clip fraction",
+        "Explained variance",
+    ):
         assert f"<b>{title}</b>" in html
     assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img")
     assert (
@@ -68,6 +78,15 @@ def test_a_loss_is_not_called_a_gain_over_fewer_samples(new_run) -> None:
     )
     html, _ = written(folder)
     assert "PPO gained nothing: \u22126.4" in html and "PPO gained as much as" not in html
+
+
+def test_a_gain_that_may_be_chance_is_not_called_worth_more_than_samples(new_run) -> None:
+    folder = new_run(steps=6, iterations=4, count=9)
+    path = json.loads((folder / "evaluation/path.json").read_text())
+    last = path["points"][-1] | {"judge_gain": 0.2, "judge_gain_low": -0.1, "judge_gain_high": 0.5}
+    (folder / "evaluation/path.json").write_text(json.dumps(path | {"points": [*path["points"][:-1], last]}))
+    html, _ = written(folder)
+    assert "may be chance" in html and "\u22120.1 to +0.5" in html and "PPO gained as much as" not in html
 
 
 def test_only_our_own_script_may_run(new_run) -> None:

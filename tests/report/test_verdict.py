@@ -67,6 +67,12 @@ def both(*pairs: tuple[float, float]) -> RunData:
     return RunData(samples=[{"sft_score": 0, "ppo_score": a, "sft_gold": 0, "ppo_gold": b} for a, b in pairs])
 
 
+def of_base(*kls: float) -> RunData:
+    """The base model's samples at these distances from SFT; those of other groups do not count."""
+    others = [{"base_kl": 5.0, "main": False}, {"base_kl": -5.0, "main": False}]
+    return RunData(summary={"base.kl": 0.01}, samples=[*({"base_kl": kl} for kl in kls), *others])
+
+
 # rule, level, the figure its sentence rests on, a run that breaks it, a run just inside
 CASES = [
     ("not_finite", "error", "step 2", drawn(policy_loss=[1, math.nan, 1]), drawn(policy_loss=[1, 2, 1])),
@@ -74,6 +80,7 @@ CASES = [
     ("sft_loss_rose", "error", "2.10", RunData(metrics=sft(2.0, 1.9, 2.1)), RunData(metrics=sft(2.0, 1.99, 2.019))),
     ("sft_overfit", "warning", "1.60", RunData(metrics=sft(2.0, 1.5, 1.6)), RunData(metrics=sft(2.0, 1.5, 1.57))),
     ("sft_none", "warning", "0.01", told({"base.kl": 0.01}), told({"base.kl": 0.03})),
+    ("sft_none", "warning", "0.01", of_base(0.01, 0.0101, 0.0099), of_base(0.01, 0.3, -0.28)),  # the second may be chance
     ("sft_stop", "error", "41\u202f%", told({"sft.finished": 0.41}), told({"sft.finished": 0.8})),
     (
         "sft_stop",
