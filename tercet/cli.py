@@ -130,7 +130,12 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", help="a prompt; may be given several times")],
     stage: Annotated[
         list[str],
-        typer.Option("--stage", help="sft, ppo or base; by default all there are", default_factory=list, show_default=False),
+        typer.Option(
+            "--stage",
+            help="sft, ppo, base, best or one of evaluation.policies; by default the first three",
+            default_factory=list,
+            show_default=False,
+        ),
     ],
     seed: Annotated[int, typer.Option(min=0, help="of the random numbers, shared by all stages")] = 0,
 ) -> None:

@@ -18,7 +18,7 @@ from tercet.stages.rollout import PromptSet
 
 
 def generate(folder: str | Path, prompts: Sequence[str], stages: Sequence[str] = (), seed: int = 0) -> list[dict[str, Any]]:
-    """One response of each stage's policy ("base", "sft", "ppo"; by default all there are) to each prompt.
+    """One response of each policy ("base", "sft", "ppo", "best", those of evaluation.policies; by default the first three) to each prompt.
 
     All policies use the same random numbers. Each row: prompt, stage, response, finished, score (None without a reward model).
     """
@@ -28,6 +28,8 @@ def generate(folder: str | Path, prompts: Sequence[str], stages: Sequence[str] =
     config = load_config(folder / "config.yaml")
     shop = Pipeline(config.model_copy(update={"output": str(folder)})).workshop(Interrupt())
     sources = {"base": shop.base, "sft": shop.sft_source, "ppo": str(folder / "ppo/model")}
+    usual, more = list(sources), {"best": str(folder / "ppo/best")} | config.evaluation.policies
+    sources |= more
     there = [name for name, source in sources.items() if name == "base" or Path(source).exists()]
     unknown = [stage for stage in stages if stage not in there]
     if unknown:
@@ -40,7 +42,7 @@ def generate(folder: str | Path, prompts: Sequence[str], stages: Sequence[str] =
     has_reward = config.reward.use is not None or (folder / "reward/model").exists()
     scorer = shop.reward_scorer(shop.load_scorer(shop.reward_source)) if has_reward else None
     rows = []
-    for name in stages or there:
+    for name in stages or [name for name in usual if name in there]:
         sequences = shop.generator(shop.load_policy(sources[name], frozen=True)).sample(ids, numbers)
         texts = batch.texts_of(sequences, range(len(prompts)))
         scores = scorer.score(sequences, texts).tolist() if scorer else [None] * len(prompts)

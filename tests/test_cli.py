@@ -144,6 +144,11 @@ def test_run_twice_report_and_generate(run_copy: Path, config_file: Path, comman
     assert [line.split()[0] for line in other.splitlines()[1:2]] == ["ppo"] and other.splitlines()[1] != lines[3]
     status, _, error = command("generate", str(run_copy), "--prompt", "x", "--stage", "dpo")
     assert status == 2 and "--stage dpo: this run has base, sft, ppo" in error
+    (run_copy / "ppo/best").symlink_to(run_copy / "ppo/model")
+    best = command("generate", str(run_copy), "--prompt", "What is rain?", "--stage", "best")[1].splitlines()
+    assert best[1].split() == ["best", *lines[3].split()[1:]], "not among those that are shown by default"
+    assert command("generate", str(run_copy), "--prompt", "What is rain?")[1].splitlines() == lines[:4]
+    (run_copy / "ppo/best").unlink()
     status, _, error = command("generate", str(run_copy), "--prompt", "x", "--prompt", "")
     assert status == 2 and "error: --prompt: an empty text is no token" in error and "Traceback" not in error
 

@@ -208,9 +208,8 @@ def _read(path: FilePath) -> dict[str, Any]:
         raise TercetError(f"{path}: cannot be read: {reason}") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise TercetError(
-            f"{path}: expected sections such as `model:` and `data:`, found {type(values).__name__}; see `tercet init`"
-        )
+        found = "an empty file" if values is None else type(values).__name__
+        raise TercetError(f"{path}: expected sections such as `model:` and `data:`, found {found}; see `tercet init`")
     return values
 
 
@@ -295,6 +294,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
                 kind = str(_section_at(path[:-1]).model_fields[path[-1]].annotation)  # unions with `auto`, of rates and of counts
                 message += " or a number above 0" if "float" in kind else " or a whole number of at least 1"
             shown = "" if isinstance(found, dict | Section) else f" (found {found!r})"
+            if problem["type"] == "list_type" and isinstance(found, dict):
+                shown = " (found a single mapping: put [ ] around it)"
             yield f"{'.'.join(path)}: {message}{shown}" if path else f"{message}{shown}"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from tercet.config.section import Path, Schedule, Section, setting
 
 
@@ -45,3 +47,11 @@ class RewardConfig(TrainingConfig):
     judge: bool = setting(
         True, "train a second reward model on a fifth of the comparisons, unseen by the first (500 or more after the hold-out)"
     )
+
+    @model_validator(mode="after")
+    def _samples_have_a_deviation(self) -> RewardConfig:
+        if self.normalise_samples == 1:
+            raise ValueError(
+                "normalise_samples is 1, and one response has no standard deviation: set some hundreds, or 0 for none"
+            )
+        return self

@@ -93,6 +93,9 @@ def data_files(source: str | os.PathLike[str]) -> list[Path]:
             entries = sorted(path.iterdir(), key=lambda entry: entry.name)
         except OSError as error:
             _refuse(str(path), f"the folder cannot be listed ({error.strerror})", "a folder that this user may read")
+        if {"dataset_info.json", "state.json"} <= {entry.name for entry in entries}:
+            way_out = "data files such as datasets' own to_parquet or to_json writes"
+            _refuse(str(path), "this is a folder of datasets' save_to_disk", way_out)
         found = [e for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".") and e.is_file()]
         if not found:
             held = ", ".join(e.name for e in entries[:5]) or "nothing"
@@ -299,6 +302,7 @@ def _datasets() -> Any:
     import datasets  # takes a second: only for those who need it
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
+    datasets.disable_progress_bars()
     return datasets
 
 

@@ -248,11 +248,13 @@ def _logit_transform(model: PreTrainedModel) -> LogitTransform | None:
         return None
     inputs, products = seen[0]
     scale = float(logits.flatten()[0] / products.flatten()[0])
-    highest = float(logits.abs().max()) / abs(scale)
+    if not scale > 0:
+        return None
+    highest = float(logits.abs().max()) / scale
     transform = LogitTransform(scale, highest if highest < 1e5 else None)
     states = states.to(inputs.dtype)  # some models bring them into the head's
-    plain = bool((inputs - states).abs().max() <= 1e-4 * states.abs().max()) and scale > 0
-    return transform if plain and torch.allclose(transform(products), logits.to(products), rtol=1e-5, atol=1e-8) else None
+    same_states = bool((inputs - states).abs().max() <= 1e-4 * states.abs().max())
+    return transform if same_states and torch.allclose(transform(products), logits.to(products), rtol=1e-5, atol=1e-8) else None
 
 
 @torch.no_grad()

@@ -79,8 +79,8 @@ def sentences(run: RunData) -> list[str]:
             else "less sure than it could be"
         )
         said.append(
-            f"Its probabilities are off by {percent(error)} on average; dividing its differences by {short(temperature)} would make them "
-            f"likeliest: {manner}."
+            f"Its probabilities are off by {percent(error)} on average: {manner} (divided by {short(temperature)}, its differences of scores "
+            "fit the held-out choices best)."
         )
     if correlation is not None:
         said.append(f"Its scores and the lengths of the responses have a correlation of {short(correlation)}.")

@@ -13,7 +13,7 @@ G = "model: {name: gpt2}\n"
 
 # What the file says, and parts that the message must have.
 WRONG: list[tuple[str, list[str]]] = [
-    ("", ["expected sections", "NoneType", "tercet init"]),
+    ("", ["expected sections", "an empty file", "tercet init"]),
     ("[1, 2]", ["expected sections", "list"]),
     ("just words", ["expected sections", "str"]),
     ("model: [", ["line 1", "not valid YAML"]),
@@ -94,6 +94,8 @@ WRONG: list[tuple[str, list[str]]] = [
         G + "ppo: {rollout_batch_size: 100, kl: {controller: adaptive, horizon: 20}}",  # exactly a fifth is too short as well
         ["kl.horizon (20) must exceed a fifth of rollout_batch_size (100)"],
     ),
+    (G + "ppo: {rewards: {kind: stage}}", ["ppo.rewards", "list", "a single mapping: put [ ] around it"]),
+    (G + "reward: {normalise_samples: 1}", ["reward", "one response has no standard deviation", "0 for none"]),
     (G + "ppo: {rewards: [{kind: function}]}", ["ppo.rewards.0: kind: function needs function"]),
     (G + "ppo: {rewards: [{kind: classifier}]}", ["ppo.rewards.0: kind: classifier needs model"]),
     (G + "ppo: {rewards: [{function: 'a:b'}]}", ["function is set but kind is stage", "kind: function"]),

@@ -246,6 +246,10 @@ def test_wrong_places(tmp_path: Path) -> None:
     for read in (read_prompts, fingerprint):
         with pytest.raises(TercetError, match="no data files .it holds README.md.*jsonl"):
             read(tmp_path)
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(TercetError, match="this is a folder of datasets' save_to_disk.*to_parquet or to_json"):
+        read_prompts(tmp_path)
     with pytest.raises(TercetError, match="the path is empty"):
         read_prompts("")
     for name in ("a\0b.jsonl", "x" * 5000, "a\nb"):

@@ -125,6 +125,7 @@ ODD: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
     "a bias after the head": lambda module, inputs, output: output + torch.arange(output.shape[-1]) / 100,
     "another cap": lambda module, inputs, output: output.clamp(-3.0, 3.0),
     "the other sign": lambda module, inputs, output: -output,
+    "none": lambda module, inputs, output: 0 * output,
 }
 
 
