@@ -116,6 +116,8 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> PPOConfig:
+        if self.rewards and not any(term.weight for term in self.rewards):
+            raise ValueError("rewards have no weight but 0, so every score would be the same: give one of them a weight")
         if "" in self.stop:
             raise ValueError("stop has an empty text, which would end nothing: leave it out")
         if self.rollout_batch_size % self.minibatch:

@@ -132,7 +132,7 @@ def _settings(columns: Sequence[Column]) -> Table | None:
     rows = [
         (key, "", [plain(settings.get(key, "–"), 80) for settings in flat])
         for key in keys
-        if len({settings.get(key) for settings in flat}) > 1
+        if len({settings.get(key, "null") for settings in flat}) > 1  # what is not set is null, or not there at all
     ]
     return Table("Settings that differ", [column.name for column in columns], rows) if rows else None
 

@@ -161,7 +161,9 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
         found.append((percent(accuracy), "reward model accuracy", note))
     if (finished := run.value("ppo.finished")) is not None:
         before = run.value("sft.finished")
-        found.append((percent(finished), "end by a stop token", f"SFT {percent(before)}" if before is not None else "of PPO's responses"))
+        found.append(
+            (percent(finished), "end by a stop token", f"SFT {percent(before)}" if before is not None else "of PPO's responses")
+        )
     if len(found) < 5 and (loss := run.value("sft.eval_loss")) is not None:
         found.append((short(loss), "SFT held-out loss", "nats per token"))
     return found

@@ -94,6 +94,7 @@ WRONG: list[tuple[str, list[str]]] = [
         G + "ppo: {rollout_batch_size: 100, kl: {controller: adaptive, horizon: 20}}",  # exactly a fifth is too short as well
         ["kl.horizon (20) must exceed a fifth of rollout_batch_size (100)"],
     ),
+    (G + "ppo: {rewards: [{weight: 0}]}", ["ppo", "every score would be the same", "give one of them a weight"]),
     (G + "ppo: {rewards: {kind: stage}}", ["ppo.rewards", "list", "a single mapping: put [ ] around it"]),
     (G + "reward: {normalise_samples: 1}", ["reward", "one response has no standard deviation", "0 for none"]),
     (G + "ppo: {rewards: [{kind: function}]}", ["ppo.rewards.0: kind: function needs function"]),

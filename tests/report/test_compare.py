@@ -43,6 +43,15 @@ def test_two_runs_side_by_side(new_run, tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)) and not list(target.parent.glob(".compare*"))
 
 
+def test_what_is_not_set_is_no_other_setting_than_what_is_absent(new_run, tmp_path: Path) -> None:
+    first = new_run("first/run", steps=6, iterations=4)
+    second = changed(first, "second")
+    with (second / "config.yaml").open("a") as file:
+        file.write("some: {thing: null, other: 1}\n")
+    cells = [words.strip() for words in Page(write_comparison([first, second], tmp_path / "c.html").read_text()).words]
+    assert "some.other" in cells and "some.thing" not in cells
+
+
 def test_runs_with_nothing_in_them(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
