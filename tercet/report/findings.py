@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tercet.report.causes import CAUSES
-from tercet.report.load import RunData, number
+from tercet.report.load import Record, RunData, number
 
 Z95 = 1.96
 FEW_LINES = 4  # rules over a series say nothing about shorter ones
@@ -82,10 +82,14 @@ def accuracy_interval(run: RunData) -> tuple[float, float] | None:
     return wilson(accuracy, pairs) if accuracy is not None and pairs else None
 
 
+def main_samples(run: RunData) -> list[Record]:
+    """The samples on held-out prompts of the main group, which the headline's figures are over."""
+    return [row for row in run.samples if row.get("main") is not False]
+
+
 def gains(run: RunData, name: str) -> list[float]:
     """PPO's value minus SFT's, such as its "score", on each held-out prompt of the main group that has both."""
-    rows = (row for row in run.samples if row.get("main") is not False)
-    pairs = ((number(row.get(f"ppo_{name}")), number(row.get(f"sft_{name}"))) for row in rows)
+    pairs = ((number(row.get(f"ppo_{name}")), number(row.get(f"sft_{name}"))) for row in main_samples(run))
     return [ppo - sft for ppo, sft in pairs if ppo is not None and sft is not None]
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from tercet.report.findings import FEW_LINES, Finding, Rule, accuracy_interval, fault, last
+from tercet.report.findings import FEW_LINES, Finding, Rule, accuracy_interval, fault, interval_of_mean, last, main_samples
 from tercet.report.load import STAGES, RunData, number
 from tercet.report.text import percent, short, show_count, signed
 
@@ -48,8 +48,8 @@ def _sft_none(run: RunData) -> Iterable[Finding]:
     kl = run.value("base.kl")
     if kl is None:
         return
-    each = [value for row in run.samples if row.get("main") is not False and (value := number(row.get("base_kl"))) is not None]
-    most = kl + (1.96 * statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0)
+    each = [value for row in main_samples(run) if (value := number(row.get("base_kl"))) is not None]
+    most = interval_of_mean(each)[2] if len(each) > 1 else kl
     text = f"The base model's responses lie {short(kl)} nats from the SFT policy, at most {short(most)}: both say the same."
     yield from fault("sft_none", most, text, short(kl))
 
