@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.config import Config
+from tercet.errors import named_by
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 # Bumped when a stage's results change for the same configuration and data; tests/test_golden.py holds the results.
@@ -57,10 +58,11 @@ def fingerprints(
         settings: dict[str, Any] = {}
         data: dict[str, Any] = {}
         for key in keys:
-            if key.startswith("data.") and isinstance(flat[key], str):
-                data[key] = contents(flat[key])
-            else:
-                settings[key] = _named(flat[key], key, data, folders) if _under(key, _PATHS) else flat[key]
+            with named_by(key):
+                if key.startswith("data.") and isinstance(flat[key], str):
+                    data[key] = contents(flat[key])
+                else:
+                    settings[key] = _named(flat[key], key, data, folders) if _under(key, _PATHS) else flat[key]
         if stage == "pretrain":
             settings["model.scratch.positions"] = config.positions
         if stage in ("pretrain", "sft") and config.ppo.stop:

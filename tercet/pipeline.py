@@ -32,8 +32,9 @@ class Pipeline:
     """One run folder and the stages that lead to it."""
 
     def __init__(self, config: Config, reward_callables: Sequence[Callable[..., list[float]]] = ()):
+        self.folder = Path(config.output)
+        _require_no_others_files(self.folder)
         self.config = _with_earlier_choices(config)
-        self.folder = Path(self.config.output)
         self._callables = tuple(reward_callables)
 
     def stages(self) -> list[str]:
@@ -347,6 +348,22 @@ def _with_earlier_choices(config: Config) -> Config:
         return config
     chosen = {key: earlier[key] for key, value in config.machine.model_dump().items() if value == "auto" and key in earlier}
     return config.model_copy(update={"machine": config.machine.model_copy(update=chosen)})
+
+
+def _require_no_others_files(folder: Path) -> None:
+    """TercetError if a run here would write over files that no run has made: a project's own folder as output, for one."""
+    written = folder / "config.yaml"
+    if any((folder / own / mark).exists() for own in FOLDERS.values() for mark in ("started.json", "done.json")):
+        return
+    if written.exists() and set(parse_yaml(written.read_text(encoding="utf-8"), str(written)) or ()) >= set(Config.model_fields):
+        return  # every key of a configuration: a run wrote it and was stopped before its first stage
+    names = ("config.yaml", "summary.json", "report.html", *(own for own in FOLDERS.values() if own != "pretrain"))
+    found = [name for name in names if (folder / name).exists()]
+    if found:
+        raise TercetError(
+            f"output: {folder} holds no run, but has {found[0]!r} already, which a run would write over: choose a folder of its own, such as "
+            f"{folder / 'run'}"
+        )
 
 
 def _earlier_machine(folder: Path) -> dict[str, Any] | None:

@@ -544,3 +544,24 @@ def test_an_output_that_is_a_file_is_said(settings: dict[str, Any], tmp_path: Pa
     (tmp_path / "taken").write_text("")
     with pytest.raises(TercetError, match=r"^output: .*taken is a file, a run needs a folder"):
         run({**settings, "output": str(tmp_path / "taken")})
+
+
+@pytest.mark.parametrize("name", ["evaluation/notes.txt", "reward/train.py", "report.html", "config.yaml"])
+def test_other_peoples_files_in_the_output_folder_are_not_written_over(settings: dict[str, Any], name: str) -> None:
+    own = Path(settings["output"]) / name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("machine: {room: 3}\n")
+    before = files(Path(settings["output"]))
+    for from_stage in (None, "sft"):
+        with pytest.raises(TercetError, match=f"holds no run, but has '{name.split('/')[0]}' already"):
+            run(settings, from_stage=from_stage)
+    assert files(Path(settings["output"])) == before
+
+
+def test_a_run_that_was_stopped_before_its_first_stage_goes_on(settings: dict[str, Any], finished_run: Path) -> None:
+    folder = Path(settings["output"])
+    folder.mkdir()
+    shutil.copy(finished_run / "config.yaml", folder)
+    (folder / "notes.txt").write_text("mine")
+    run(settings, wanted=["pretrain"])
+    assert (folder / "pretrain/done.json").exists() and (folder / "notes.txt").read_text() == "mine"

@@ -14,6 +14,7 @@ from tercet.config import Config
 from tercet.config.ppo import RewardTerm
 from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
 from tercet.data.template import Template, require_response
+from tercet.errors import named_by
 from tercet.generation.native import NativeGenerator
 from tercet.jobs.workshop import check_room, prompt_records
 from tercet.models.load import (
@@ -62,7 +63,8 @@ def inspect(
         for name in names:
             path = getattr(config.data, name)
             try:
-                sources |= {name: read(path)} if path is not None else {}
+                with named_by(f"data.{name}"):
+                    sources |= {name: read(path)} if path is not None else {}
             except TercetError as error:
                 mistakes.append(str(error))
     if not mistakes:
@@ -135,10 +137,11 @@ def check_models(config: Config, stages: Sequence[str], base: str | None, source
             )
         return
     trust = config.model.trust_remote_code
-    count_parameters(base, trust)  # an explained error where the configuration cannot be read
-    tokenizer = load_tokenizer(base, trust_remote_code=trust)
-    model = load_causal_lm(base, trust_remote_code=trust, as_stored=True)
-    check_vocabulary(model, tokenizer, base)
+    with named_by("model.name" if config.model.scratch is None else "model.scratch"):
+        count_parameters(base, trust)  # an explained error where the configuration cannot be read
+        tokenizer = load_tokenizer(base, trust_remote_code=trust)
+        model = load_causal_lm(base, trust_remote_code=trust, as_stored=True)
+        check_vocabulary(model, tokenizer, base)
     stop_ids = stop_token_ids(base, tokenizer, config.ppo.stop)
     template = Template(tokenizer, config.model.template, config.data.max_prompt_length, stop_ids=stop_ids)
     _check_turns(template, records)
@@ -162,7 +165,8 @@ def _check_classifier_exists(config: Config, stages: Sequence[str]) -> None:
         except ValueError:
             return  # what it is and what to do is said where the model is made
     else:
-        count_parameters(str(config.model.name), trust)
+        with named_by("model.name"):
+            count_parameters(str(config.model.name), trust)
         found = AutoConfig.from_pretrained(str(config.model.name), trust_remote_code=trust)
     own_code = getattr(found, "auto_map", None) or {}
     if type(found) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and "AutoModelForSequenceClassification" not in own_code:
@@ -240,32 +244,37 @@ def _check_lengths(config: Config, template: Template, base: str, records: Recor
 
 def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int, conversations: bool) -> None:
     """Checkpoints that the configuration names beside the model, which has `rows` embedding rows."""
-    trust, terms = config.model.trust_remote_code, list(_terms(config))
-    scorers = [config.reward.use if any(term.kind == "stage" for term in terms) else None, config.ppo.value_model]
-    for source in scorers:
+    trust, terms = config.model.trust_remote_code, dict(_terms(config))
+    uses_stage = any(term.kind == "stage" for term in terms.values())
+    for key, source in (("reward.use", config.reward.use if uses_stage else None), ("ppo.value_model", config.ppo.value_model)):
         if source is not None:
-            scorer = ScoreModel(load_classifier(source, trust_remote_code=trust))
-            check_vocabulary(scorer.model, tokenizer, source)
-            if embedding_rows(scorer.model) < rows:
+            with named_by(key):
+                scorer = ScoreModel(load_classifier(source, trust_remote_code=trust))
+                check_vocabulary(scorer.model, tokenizer, source)
+                if embedding_rows(scorer.model) < rows:
+                    raise TercetError(
+                        f"{source}: it has {embedding_rows(scorer.model)} embedding rows, but the model has {rows} and can sample each of "
+                        f"them: give it as many with resize_token_embeddings({rows}), and save it"
+                    )
+                _check_same_ids(source, tokenizer, trust)
+    others = {f"evaluation.policies.{name}": source for name, source in config.evaluation.policies.items()}
+    for key, source in {"ppo.policy": config.ppo.policy, **others}.items():
+        if source is not None:
+            with named_by(key):
+                policy = load_causal_lm(source, trust_remote_code=trust, as_stored=True)
+                check_vocabulary(policy, tokenizer, source)
+                _check_same_ids(source, tokenizer, trust)
+                check_room(config, context_length(policy), source)
+                _check_sampling(source, policy)
+    classifiers = {(str(term.model), term.label): key for key, term in reversed(terms.items()) if term.kind == "classifier"}
+    for (source, label), key in classifiers.items():
+        with named_by(key):
+            own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
+            ClassifierScorer(load_classifier(source, trust_remote_code=trust), own, label=label, name=source)
+            if conversations and own.chat_template is None:
                 raise TercetError(
-                    f"{source}: it has {embedding_rows(scorer.model)} embedding rows, but the model has {rows} and can sample each of them: "
-                    f"give it as many with resize_token_embeddings({rows}), and save it"
+                    f"{source}: the prompts are conversations but its tokenizer has no chat template to write them with"
                 )
-            _check_same_ids(source, tokenizer, trust)
-    for source in (config.ppo.policy, *config.evaluation.policies.values()):
-        if source is not None:
-            policy = load_causal_lm(source, trust_remote_code=trust, as_stored=True)
-            check_vocabulary(policy, tokenizer, source)
-            _check_same_ids(source, tokenizer, trust)
-            check_room(config, context_length(policy), source)
-            _check_sampling(source, policy)
-    for source, label in {(str(term.model), term.label) for term in terms if term.kind == "classifier"}:
-        own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
-        ClassifierScorer(load_classifier(source, trust_remote_code=trust), own, label=label, name=source)
-        if conversations and own.chat_template is None:
-            raise TercetError(
-                f"{source}: the prompts are conversations but its tokenizer has no chat template to write them with"
-            )
 
 
 def _check_sampling(source: str, model: PreTrainedModel) -> None:
@@ -297,9 +306,10 @@ def _check_sampling(source: str, model: PreTrainedModel) -> None:
         )
 
 
-def _terms(config: Config) -> Iterator[RewardTerm]:
-    yield from config.ppo.rewards
-    yield from config.evaluation.judges.values()
+def _terms(config: Config) -> Iterator[tuple[str, RewardTerm]]:
+    """Every source of scores by its key in the configuration."""
+    yield from ((f"ppo.rewards[{place}]", term) for place, term in enumerate(config.ppo.rewards))
+    yield from ((f"evaluation.judges.{name}", term) for name, term in config.evaluation.judges.items())
 
 
 def _check_same_ids(source: str, tokenizer: PreTrainedTokenizerBase, trust: bool) -> None:

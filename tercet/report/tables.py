@@ -32,6 +32,7 @@ GROUP_FIGURES = (
 SHARES = ("win_rate", "finished", "accuracy")
 PHASES = ("sync_s", "generate_s", "score_s", "update_s", "evaluate_s")  # of a line of ppo/timings.jsonl
 POLICY_NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO", "best": "Best"}
+_BY_CHANCE = ", an estimate: below 0 by chance"
 JUDGE_NAMES = {
     "score": "training reward",
     "judge": "second reward model's score",
@@ -81,13 +82,15 @@ def comparison(run: RunData) -> Table | None:
             continue
         sft, ppo = _of_policy(run, "sft", key), _of_policy(run, "ppo", key)
         form = tenths if share else short
+        note += _BY_CHANCE * (key == "kl" and any(value is not None and value < 0 for value in values))
         cells = ["–" if value is None else form(value) for value in values]
         change = "–" if sft is None or ppo is None else _change(ppo - sft, share)
         rows.append((name, note, [*cells, change] if {"sft", "ppo"} <= set(policies) else cells))
     if not rows:
         return None
     head = [POLICY_NAMES.get(name, plain(name, 40)) for name in policies]
-    return Table(f"On {on_prompts(run)}", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
+    came = "; SFT is the model as it came: there were no demonstrations" if run.policies and "base" not in run.policies else ""
+    return Table(f"On {on_prompts(run)}{came}", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
 
 
 def _of_policy(run: RunData, policy: str, key: str) -> float | None:
@@ -148,13 +151,15 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     if (rate := run.value("win_rate")) is not None:
         low, high = run.value("win_rate_low"), run.value("win_rate_high")
         note = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else f"on {on_prompts(run)}"
-        found.append((percent(rate), "PPO wins over SFT", ", ".join(filter(None, (note, judged_by(run))))))
+        judge = run.summary.get("win_rate_by")
+        by = judged_by(run) or (f"by {plain(judge, 60)}" if judge else "")
+        found.append((percent(rate), "PPO wins over SFT", ", ".join(filter(None, (note, by)))))
     sft, ppo, spread = run.value("gold.sft"), run.value("gold.ppo"), run.value("gold.sft_std")
     if sft is not None and ppo is not None:
         note = f"{short(sft)} to {short(ppo)}" + (f"; one SD is {short(spread)}" if spread else "")
         found.append((signed(ppo - sft), "gold score over SFT", note))
     if (kl := run.value("ppo.kl")) is not None:
-        found.append((short(kl), "nats from SFT", "KL per response"))
+        found.append((short(kl), "nats from SFT", "KL per response" + _BY_CHANCE * (kl < 0)))
     if (accuracy := run.value("reward.eval_accuracy")) is not None:
         interval = accuracy_interval(run)
         note = f"{percent(interval[0])} to {percent(interval[1])}" if interval else "held-out pairs"

@@ -281,6 +281,30 @@ def test_a_win_by_the_score_that_was_trained_on_is_called_so() -> None:
         assert "PPO wins 97\u202f% against SFT" in told[1] and told[1] == told[1].strip()
 
 
+def test_the_figure_of_wins_names_its_judge() -> None:
+    run = RunData(summary={"win_rate": 0.9, "win_rate_low": 0.8, "win_rate_high": 1.0, "win_rate_by": "the second reward model"})
+    assert headline(run)[0][2].endswith(", by the second reward model")
+
+
+def test_a_kl_below_0_is_said_to_be_an_estimate() -> None:
+    for kl, said in ((-0.02, True), (0.02, False)):
+        run = RunData(summary={"ppo.kl": kl, "sft.kl": 0.0}, policies={"base": {}, "sft": {"kl": 0.0}, "ppo": {"kl": kl}})
+        table = comparison(run)
+        assert (
+            table is not None and [name for name, note, _ in table.rows if "by chance" in note] == ["KL to the reference"] * said
+        )
+        assert ("by chance" in headline(run)[0][2]) == said
+
+
+def test_without_demonstrations_sft_is_said_to_be_the_model_as_it_came() -> None:
+    for base, said in ({"base": {"score": 1.0}}, False), ({}, True):
+        run = RunData(
+            summary={"sft.score": 1.0, "ppo.score": 2.0}, policies={**base, "sft": {"score": 1.0}, "ppo": {"score": 2.0}}
+        )
+        table = comparison(run)
+        assert table is not None and ("as it came: there were no demonstrations" in table.caption) == said
+
+
 def test_what_was_measured_on_training_prompts_is_not_called_held_out() -> None:
     samples = gains(1.0, 1.1, 0.9)
     for held_out, wanted in ((0.0, "training prompts (none could be held out)"), (1.0, "held-out prompts")):
