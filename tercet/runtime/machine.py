@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from tercet.errors import TercetError
+from tercet.runtime.metrics import peak_memory_mb
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # Below this many parameters a matrix product is so small that casting to bfloat16 costs more than it saves.
 _BFLOAT16_PARAMETERS = 300_000
+WORTH_RELEASING_MB = 1024
 TINY_MODEL, _SMALL_MODEL, _LARGE_MODEL = 300_000, 20_000_000, 100_000_000
 
 
@@ -131,7 +133,13 @@ def measured_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def release_free_memory() -> None:
-    """Hand back what loading models, or a stage, has left free: from here on, what is freed is kept for reuse."""
+    """Hand back what loading models, or a stage, has left free: from here on, what is freed is kept for reuse.
+
+    A process that never had WORTH_RELEASING_MB, of which libraries are half, is left alone: it would win little, and the garbage
+    collector takes a quarter of a second to walk through the libraries' objects, twenty times a run.
+    """
+    if peak_memory_mb() < WORTH_RELEASING_MB:
+        return
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

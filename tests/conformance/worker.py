@@ -1,4 +1,4 @@
-"""One stage as one rank of several: `worker.py STAGE FOLDER TOKENS DTYPE`; test_invariance.py starts it with torchrun and without."""
+"""The stages as one rank of several: `worker.py FOLDER TOKENS DTYPE`; test_invariance.py starts it with torchrun, and calls it."""
 
 from __future__ import annotations
 
@@ -77,4 +77,5 @@ def run_stage(stage: str, folder: Path, tokens: int, dtype: torch.dtype = torch.
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_stage(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4]))
+    for name in ("sft", "reward", "ppo"):
+        run_stage(name, Path(sys.argv[1], name), int(sys.argv[2]), getattr(torch, sys.argv[3]))

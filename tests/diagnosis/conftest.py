@@ -52,8 +52,8 @@ def settings(data: Path, seed: int) -> Record:
 
 
 class Clinic:
-    """Makes the runs, all workers' in one folder. `healthy` is made once a seed; `broken` begins from its stages before the one that
-    breaks."""
+    """Makes the runs, all workers' in one folder. `begun` is made once a seed, up to PPO; `healthy` goes on to its end; `broken` begins
+    from its stages before the one that breaks."""
 
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)
@@ -70,13 +70,22 @@ class Clinic:
                 generate(folder, seed=seed, sizes=Sizes(**counts, eval_new=0, eval_prompts_known=160, eval_prompts_new=0))
         return folder
 
-    def healthy(self, seed: int = 0) -> Path:
-        import tercet
+    def begun(self, seed: int) -> Path:
+        from tercet.config import load_config
+        from tercet.pipeline import Pipeline
 
         folder = self.folder / f"healthy-{seed}"
         with self._alone:
-            if not (folder / "report.html").exists():
-                tercet.run(settings(self.data(seed), seed) | {"output": str(folder)})
+            if not (folder / "reward/done.json").exists():
+                values = settings(self.data(seed), seed) | {"output": str(folder)}
+                Pipeline(load_config(values)).run(["pretrain", "sft", "reward"])
+        return folder
+
+    def healthy(self, seed: int) -> Path:
+        import tercet
+
+        folder = self.begun(seed)
+        tercet.run(settings(self.data(seed), seed) | {"output": str(folder)})
         return folder
 
     def broken(self, name: str, from_stage: str, changes: Mapping[str, Any]) -> Path:
@@ -86,11 +95,14 @@ class Clinic:
         """
         import tercet
 
-        healthy, folder = self.healthy(), self.folder / name
+        folder = self.folder / name
         folder.mkdir()
-        shutil.copy(healthy / "config.yaml", folder)
-        for stage in STAGES[: STAGES.index(from_stage)]:
-            shutil.copytree(healthy / stage, folder / stage)
+        earlier = STAGES[: STAGES.index(from_stage)]
+        if earlier:
+            begun = self.begun(0)
+            shutil.copy(begun / "config.yaml", folder)
+            for stage in earlier:
+                shutil.copytree(begun / stage, folder / stage)
         with contextlib.suppress(tercet.TercetError):
             tercet.run(merged(settings(self.data(0), 0), changes) | {"output": str(folder)})
         return folder

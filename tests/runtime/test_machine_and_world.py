@@ -289,3 +289,12 @@ def test_each_vector_function_is_called_on_one_thread_before_it_is_called_on_sev
     assert set(called) == {
         (name, 1, dtype) for name in ("exp", "log", "tanh", "sqrt") for dtype in (torch.float32, torch.float64)
     }
+
+
+@pytest.mark.parametrize(("peak", "looked"), [(machine.WORTH_RELEASING_MB - 1.0, 0), (machine.WORTH_RELEASING_MB + 1.0, 1)])
+def test_memory_is_released_where_there_is_some(peak: float, looked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(machine, "peak_memory_mb", lambda: peak)
+    monkeypatch.setattr(machine.gc, "collect", lambda: calls.append(1))
+    machine.release_free_memory()
+    assert len(calls) == looked
