@@ -58,7 +58,7 @@ lowest newest:
 	touch $@
 
 bench: install .trl/installed
-	$(BIN)/python benchmarks/ppo_iteration.py --peer-python .trl/bin/python --peer-dtypes bfloat16 tiny gpt2 ragged
+	$(BIN)/python benchmarks/ppo_iteration.py --peer-python .trl/bin/python --peer-dtypes bfloat16 -- tiny gpt2 ragged
 	$(BIN)/python benchmarks/rollout.py
 
 clean:

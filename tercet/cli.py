@@ -88,7 +88,7 @@ def report(config: ConfigFile, settings: Set) -> None:
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="run folders, two or more")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="run folders, two to six")],
     output: Annotated[Path, typer.Option(help="where to write the page")] = Path("compare.html"),
 ) -> None:
     """One page for several runs: verdicts, figures with intervals, settings that differ, curves."""

@@ -36,7 +36,7 @@ _DEPENDS = {
 _INSIDE = [f"evaluation.{name}" for name in ("prompts", "greedy", "judges", "gold", "group_by", "main_group")]
 # And the card of a reward model from elsewhere, which is written there.
 _CARD = ["reward", "data.comparisons", "data.eval_comparisons", "data.held_out"]
-_NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit")
+_NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit", "evaluation.batch_size")
 _TIMEOUT = "timeout"  # of a reward function: what it may take, not what it gives
 # What may be named by a path here: folders with a model, "file.py:name". Their contents count, and not where they are kept.
 _PATHS: tuple[str, ...] = ("model.name", "reward.use", "ppo.policy", "ppo.value_model", "ppo.rewards")

@@ -13,11 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tercet.config import Config, parse_yaml, to_yaml
+from tercet.config import Config, to_yaml
 from tercet.errors import OtherFormat, TercetError
 from tercet.fingerprint import STAGES, differences, digest, fingerprints, functions_of
-
-FOLDERS = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "ppo": "ppo", "evaluate": "evaluation"}
+from tercet.folder import FOLDERS, earlier_machine, read_json, require_no_others_files, with_earlier_choices
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Pipeline:
 
     def __init__(self, config: Config, reward_callables: Sequence[Callable[..., list[float]]] = ()):
         self.folder = Path(config.output)
-        _require_no_others_files(self.folder)
-        self.config = _with_earlier_choices(config)
+        require_no_others_files(self.folder)
+        self.config = with_earlier_choices(config)
         self._callables = tuple(reward_callables)
 
     def stages(self) -> list[str]:
@@ -66,7 +65,7 @@ class Pipeline:
             raise TercetError(f"--from {from_stage}: the stages to run are {', '.join(chosen)}")
         redo = stages[stages.index(from_stage) :] if from_stage is not None else []
         prints = fingerprints(self.config, stages, self._callables)
-        if redo and _read_json(self._redo_path) == _redo_mark(redo, prints):
+        if redo and read_json(self._redo_path) == _redo_mark(redo, prints):
             redo = []  # this very command has cleared them already, and goes on now
         with disk_errors_explained(self.folder):
             to_do = self._to_do(chosen, redo, prints)
@@ -108,7 +107,7 @@ class Pipeline:
         from tercet.report import verdict_of
         from tercet.runtime.files import write_json
 
-        machine = _earlier_machine(self.folder) or self.config.machine.model_dump(mode="json")
+        machine = earlier_machine(self.folder) or self.config.machine.model_dump(mode="json")
         figures: dict[str, Any] = {
             "seed": self.config.seed,
             "dtype": machine["dtype"],
@@ -118,7 +117,7 @@ class Pipeline:
         figures |= {"python": platform.python_version(), "machine": _machine()}
         figures |= {f"versions.{name}": _version(name) for name in ("tercet", "torch", "transformers")}
         for stage in self.stages():
-            done = _read_json(self._done_path(stage))
+            done = read_json(self._done_path(stage))
             if done:
                 figures |= done["figures"]
                 figures[f"{stage}.seconds"] = done["seconds"]
@@ -179,7 +178,7 @@ class Pipeline:
                 began = time.monotonic()
                 seed_everything(self.config.seed + 100_003 * shop.world.rank)  # dropout differs from rank to rank
                 release_free_memory()  # the models of the stage before
-                with out_of_memory_explained(stage, shop.machine.microbatch_tokens, self.config.ppo.rollout_batch_size):
+                with out_of_memory_explained(stage, shop.machine.microbatch_tokens, self._sampled_at_once(stage)):
                     figures = jobs[stage](shop)
                 if shop.world.is_main:
                     done = {"fingerprint": prints[stage], "figures": figures, "seconds": time.monotonic() - began}
@@ -188,6 +187,13 @@ class Pipeline:
                 shop.world.barrier()
                 shown = "  ".join(f"{key} {value:.3g}" for key, value in figures.items() if key in _HEADLINES)
                 console.print(f"[green]{stage}[/green] finished in {time.monotonic() - began:.0f} s  {shown}")
+
+    def _sampled_at_once(self, stage: str) -> tuple[str, int] | None:
+        """The setting that says how many responses a stage samples together, if it samples any, and its value."""
+        rows = self.config.ppo.rollout_batch_size
+        if stage == "evaluate":
+            return "evaluation.batch_size", self.config.evaluation.batch_size or rows
+        return ("ppo.rollout_batch_size", rows) if stage in ("reward", "ppo") else None
 
     def workshop(self, interrupt: Any) -> Any:
         """The machine, chosen where it says auto, and the base model."""
@@ -226,27 +232,33 @@ class Pipeline:
         return Workshop(self.config, self.folder, machine, world, interrupt, base, self._callables, Watch)
 
     def _to_do(self, chosen: Sequence[str], redo: Sequence[str], prints: Mapping[str, Any]) -> list[str]:
-        return [stage for stage in chosen if stage in redo or not self._is_done(stage, prints[stage])]
+        return [stage for stage in chosen if stage in redo or not self._is_done(stage, prints)]
 
-    def _is_done(self, stage: str, wanted: dict[str, Any]) -> bool:
+    def _is_done(self, stage: str, prints: Mapping[str, Any]) -> bool:
         """Whether the stage can be skipped; TercetError if what is there came from something else."""
-        done = _read_json(self._done_path(stage))
-        there = done["fingerprint"] if done else _read_json(self.folder / FOLDERS[stage] / "started.json")
-        changes = list(differences(there, wanted)) if there else []
+        changes, done = self._changes(stage, prints)
         if changes:
-            state = "finished" if done else "begun"
+            state, stages = "finished" if done else "begun", self.stages()
+            first = next(earlier for earlier in stages if earlier == stage or self._changes(earlier, prints)[0])
+            command = f"`--from {stage}`" if first == stage else f"`tercet run CONFIG --from {first}`"
             raise TercetError(
                 f"{self.folder}: stage {stage} was {state} from something else:\n  " + "\n  ".join(changes) + "\n"
-                f"`--from {stage}` redoes {', '.join(self.stages()[self.stages().index(stage) :])}; or choose another output folder"
+                f"{command} redoes {', '.join(stages[stages.index(first) :])}; or choose another output folder"
             )
-        return done is not None
+        return done
+
+    def _changes(self, stage: str, prints: Mapping[str, Any]) -> tuple[list[str], bool]:
+        """What differs between the configuration and what the stage's folder came from, in words; and whether the stage is finished."""
+        done = read_json(self._done_path(stage))
+        there = done["fingerprint"] if done else read_json(self.folder / FOLDERS[stage] / "started.json")
+        return (list(differences(there, prints[stage])) if there else []), done is not None
 
     def _require_upstream(
         self, stages: Sequence[str], to_do: Sequence[str], chosen: Sequence[str], prints: dict[str, Any]
     ) -> None:
         for stage in to_do:
             for earlier in stages[: stages.index(stage)]:
-                if earlier not in chosen and not self._is_done(earlier, prints[earlier]):
+                if earlier not in chosen and not self._is_done(earlier, prints):
                     raise TercetError(
                         f"stage {stage} needs stage {earlier} first: `tercet {earlier} CONFIG`, or `tercet run CONFIG` for all"
                     )
@@ -339,55 +351,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # run from its sources
         return "not installed"
-
-
-def _with_earlier_choices(config: Config) -> Config:
-    """Take over what `auto` came to when this run folder was begun, so that a resumed run computes alike."""
-    earlier = _earlier_machine(Path(config.output))
-    if earlier is None:
-        return config
-    chosen = {key: earlier[key] for key, value in config.machine.model_dump().items() if value == "auto" and key in earlier}
-    return config.model_copy(update={"machine": config.machine.model_copy(update=chosen)})
-
-
-def _require_no_others_files(folder: Path) -> None:
-    """TercetError if a run here would write over files that no run has made: a project's own folder as output, for one."""
-    written = folder / "config.yaml"
-    if any((folder / own / mark).exists() for own in FOLDERS.values() for mark in ("started.json", "done.json")):
-        return
-    if written.exists() and set(parse_yaml(written.read_text(encoding="utf-8"), str(written)) or ()) >= set(Config.model_fields):
-        return  # every key of a configuration: a run wrote it and was stopped before its first stage
-    names = ("config.yaml", "summary.json", "report.html", *(own for own in FOLDERS.values() if own != "pretrain"))
-    found = [name for name in names if (folder / name).exists()]
-    if found:
-        raise TercetError(
-            f"output: {folder} holds no run, but has {found[0]!r} already, which a run would write over: choose a folder of its own, such as "
-            f"{folder / 'run'}"
-        )
-
-
-def _earlier_machine(folder: Path) -> dict[str, Any] | None:
-    """The machine that a run folder was made with, whatever is asked for now; None before it has a configuration."""
-    path = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise TercetError(f"output: {folder} is a file, a run needs a folder: choose another name")
-    if not path.exists():
-        return None
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    earlier = values.get("machine") if isinstance(values, dict) else None
-    if not isinstance(earlier, dict):
-        raise TercetError(
-            f"{path} has no machine section: it was damaged from outside; delete it to have the machine chosen anew"
-        )
-    return earlier
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise TercetError(
-            f"{path} is not valid JSON: it was damaged from outside; delete it to have its stage looked at anew"
-        ) from None

@@ -30,7 +30,11 @@ def generate(folder: str | Path, prompts: Sequence[str], stages: Sequence[str] =
     sources = {"base": shop.base, "sft": shop.sft_source, "ppo": str(folder / "ppo/model")}
     usual, more = list(sources), {"best": str(folder / "ppo/best")} | config.evaluation.policies
     sources |= more
-    there = [name for name, source in sources.items() if name == "base" or Path(source).exists()]
+    own = (
+        name for name, source in sources.items() if folder in Path(source).parents
+    )  # the others have been looked at before the run
+    missing = {name for name in own if not Path(sources[name]).exists()}
+    there = [name for name in sources if name not in missing]
     unknown = [stage for stage in stages if stage not in there]
     if unknown:
         raise TercetError(f"--stage {unknown[0]}: this run has {', '.join(there)}")

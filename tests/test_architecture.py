@@ -17,7 +17,7 @@ from packaging.version import Version
 import tercet
 
 PACKAGE = Path(tercet.__file__).parent
-TOP = ("pipeline", "api", "fingerprint", "quickstart", "table", "sampler", "doctor")
+TOP = ("pipeline", "folder", "api", "fingerprint", "quickstart", "table", "sampler", "doctor")
 LOW = {"types", "config", "data", "models", "generation", "scoring", "algo", "runtime", "stages"}
 
 # Rooms (or single modules of them) of tercet that each room may import, beside itself.
@@ -56,6 +56,7 @@ LIBRARIES: dict[str, set[str]] = {
     "jobs": {"torch", "numpy", "transformers"},
     "report": {"matplotlib", "jinja2", "yaml"},
     "pipeline": set(),
+    "folder": set(),
     "api": set(),
     "fingerprint": set(),
     "quickstart": {"rich"},

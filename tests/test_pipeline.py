@@ -170,6 +170,23 @@ class TestAChange:
         assert f"`--from {stage}` redoes {', '.join(STAGES[STAGES.index(stage) :])}" in message
         assert {k: v for k, v in files(run_copy).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
 
+    def test_a_later_stage_alone_is_told_from_where_to_redo(self, run_copy: Path, settings: dict[str, Any]) -> None:
+        with pytest.raises(
+            TercetError, match=r"(?s)evaluate was .*stage ppo changed\n`tercet run CONFIG --from ppo` redoes ppo, evaluate"
+        ):
+            run(changed(settings, ppo={"gamma": 0.5}), wanted=["evaluate"])
+
+    def test_of_how_many_responses_evaluation_samples_at_once_is_none(self, run_copy: Path, settings: dict[str, Any]) -> None:
+        before = files(run_copy / "evaluation")
+        run(changed(settings, evaluation={"batch_size": 3}))
+        assert files(run_copy / "evaluation") == before
+        run(changed(settings, evaluation={"batch_size": 3}), from_stage="evaluate")
+        told = [
+            [json.loads(line)["ppo"] for line in part["samples.jsonl"].splitlines()]
+            for part in (before, files(run_copy / "evaluation"))
+        ]
+        assert told[0] == told[1] and len(told[0]) > 3
+
     @pytest.mark.parametrize(
         ("file", "stage"), [("demonstrations", "pretrain"), ("comparisons", "reward"), ("prompts", "reward")]
     )
@@ -565,3 +582,11 @@ def test_a_run_that_was_stopped_before_its_first_stage_goes_on(settings: dict[st
     (folder / "notes.txt").write_text("mine")
     run(settings, wanted=["pretrain"])
     assert (folder / "pretrain/done.json").exists() and (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_missing_model_stops_a_run_from_scratch_before_anything_is_removed(run_copy: Path, settings: dict[str, Any]) -> None:
+    before = files(run_copy)
+    for key, name in (("ppo", "value_model"), ("ppo", "policy")):
+        with pytest.raises(TercetError, match=rf"^{key}\.{name}: .*no such folder"):
+            run(changed(settings, **{key: {name: "/nowhere/at/all"}}), from_stage="pretrain")
+    assert files(run_copy) == before

@@ -25,6 +25,9 @@ class EvaluationConfig(Section):
     """Responses to held-out prompts of the base model, SFT, PPO and other policies, with the same random numbers."""
 
     prompts: int = setting(500, "held-out prompts used at most", ge=1)
+    batch_size: int | None = setting(
+        None, "responses sampled at once, lower it when memory runs out; empty: ppo.rollout_batch_size", ge=1
+    )
     greedy: bool = setting(False, "take the likeliest token instead of sampling at the training temperature")
     judges: dict[str, RewardTerm] = setting({}, "further judges by name, beside the reward model and the second reward model")
     policies: dict[str, Path] = setting({}, "further policies by name: checkpoints that read this model's token ids")
@@ -74,7 +77,9 @@ class MachineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "of matrix products; master weights, losses and log-probabilities are never below float32"
     )
-    threads: Literal["auto"] | Count = setting("auto", "CPU threads of this process; auto: as many as cores have nothing to do")
+    threads: Literal["auto"] | Count = setting(
+        "auto", "CPU threads of this process; auto: as many as cores have nothing to do, one for the tiniest models"
+    )
     microbatch_tokens: Literal["auto"] | Count = setting(
         "auto", "tokens per forward, padding counted; lower it when memory runs out"
     )

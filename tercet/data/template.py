@@ -49,7 +49,7 @@ def require_response(row: TokenRow, stage: str, max_length: int, origin: str) ->
 
 
 def tokenise(template: Template, texts: Sequence[tuple[Text, str, str]], stage: str, max_length: int) -> tuple[TokenStore, int]:
-    """The token rows of (prompt, response, origin), and how many of them had to be cut; `stage` is the section that says max_length.
+    """The token rows of (prompt, response, origin), and how many of them lost their end; `stage` is the section that says max_length.
 
     Raises as Template.encode and require_response.
     """
@@ -59,7 +59,7 @@ def tokenise(template: Template, texts: Sequence[tuple[Text, str, str]], stage: 
         nonlocal cut
         for (_, _, origin), encoded in zip(texts, template.encode_all(texts, max_length=max_length)):
             require_response(encoded.row, stage, max_length, origin)
-            cut += encoded.truncated or encoded.prompt_cut
+            cut += encoded.truncated
             yield encoded.row
 
     return TokenStore.build(rows()), cut

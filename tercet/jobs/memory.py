@@ -1,6 +1,6 @@
 """How much memory each stage will need: arithmetic on a model's shape, without its weights.
 
-The rules are those of models/roles.py, models/adapters.py and runtime/optim.py. Measured against real peaks in docs/results.md.
+The rules are those of models/roles.py, models/adapters.py and runtime/optim.py. Measured against real peaks in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class Load:
     rows: int
     row_tokens: int
     recompute: bool = False
+    evaluated: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _need(stage: str, shape: Shape, load: Load) -> Need:
     frozen = {"ppo": 1, "evaluate": 2}.get(stage, 0)  # policies, and as many scorers
     trained = {"ppo": 2, "evaluate": 0}.get(stage, 1)
     working = _activations(stage, shape, load) if trained else 0
-    sampling = _sampling(shape, load) if stage in ("reward", "ppo", "evaluate") else 0
+    rows = load.evaluated if stage == "evaluate" and load.evaluated else load.rows
+    sampling = _sampling(shape, load, rows) if stage in ("reward", "ppo", "evaluate") else 0
     if adapter is None:
         learned = _wide(load.dtype) * shape.parameters
         weights = frozen * (_frozen(shape, load.dtype, head=True) + _frozen(shape, load.dtype, head=False)) + trained * learned
@@ -183,10 +185,11 @@ def _activations(stage: str, shape: Shape, load: Load) -> int:
     return kept + narrow * (logits + 2 * HEAD_CHUNK)
 
 
-def _sampling(shape: Shape, load: Load) -> int:
-    """The key-value cache of a rollout batch (keys in float32 or wider, but with AMX), and one step's logits with their exponentials."""
-    cache = load.rows * load.row_tokens * shape.layers * shape.key_value * (_wide(load.dtype) + _narrow(load.dtype)) // 2
-    return cache + load.rows * shape.vocabulary * 4 * _wide(load.dtype)
+def _sampling(shape: Shape, load: Load, rows: int) -> int:
+    """The key-value cache of rows that are sampled together (keys in float32 or wider, but with AMX), and one step's logits with their
+    exponentials."""
+    cache = rows * load.row_tokens * shape.layers * shape.key_value * (_wide(load.dtype) + _narrow(load.dtype)) // 2
+    return cache + rows * shape.vocabulary * 4 * _wide(load.dtype)
 
 
 def _packed(shape: Shape, dtype: torch.dtype) -> int:
@@ -204,10 +207,11 @@ def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest
         "sft": config.sft.batch_size,
         "reward": 2 * config.reward.batch_size,
         "ppo": config.ppo.minibatch,
-        "evaluate": config.ppo.rollout_batch_size,
+        "evaluate": config.evaluation.batch_size or config.ppo.rollout_batch_size,
     }
     longest = {**stages, **{stage: response for stage in ("ppo", "evaluate") if stage in stages}}
     tokens = {stage: max(min(machine.microbatch_tokens, batches[stage] * text), text) for stage, text in longest.items()}
     adapter = config.model.adapter.rank if config.model.adapter is not None else None
     recompute = config.machine.activation_checkpointing
-    return Load(machine.dtype, adapter, tokens, longest, config.ppo.rollout_batch_size, response, recompute)
+    rows, evaluated = config.ppo.rollout_batch_size, config.evaluation.batch_size
+    return Load(machine.dtype, adapter, tokens, longest, rows, response, recompute, evaluated)

@@ -83,9 +83,21 @@ def outlook(
         if free is not None and need.total > free:
             yield Check(
                 "warning",
-                f"stage {need.stage} needs about {need.total / GIB:.1f} GiB and {free / GIB:.1f} GiB are free: set model.adapter, lower "
-                "machine.microbatch_tokens, or take a smaller model",
+                f"stage {need.stage} needs about {need.total / GIB:.1f} GiB and {free / GIB:.1f} GiB are free: "
+                + _less_memory(need.stage, config),
             )
+
+
+def _less_memory(stage: str, config: Config) -> str:
+    """What makes a stage smaller and is not done yet."""
+    ways = ["lower machine.microbatch_tokens", "take a smaller model"]
+    if stage != "evaluate" and not config.machine.activation_checkpointing:
+        ways.insert(0, "set machine.activation_checkpointing")
+    if stage != "pretrain" and config.model.adapter is None:
+        ways.insert(0, "set model.adapter")
+    if stage in ("ppo", "evaluate"):
+        ways.insert(-1, f"lower {'evaluation.batch_size' if stage == 'evaluate' else 'ppo.rollout_batch_size'}")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def memory(config: Config, stages: Sequence[str], lengths: Mapping[str, Lengths], machine: Machine, base: str) -> list[Need]:

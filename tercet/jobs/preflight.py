@@ -135,6 +135,8 @@ def check_models(config: Config, stages: Sequence[str], base: str | None, source
             raise TercetError(
                 "model.template is chat, but the tokenizer of a model.scratch has no chat template: set it to plain"
             )
+        if "ppo" in stages or "evaluate" in stages:
+            _check_foreign(config, None, 0, conversations=False)
         return
     trust = config.model.trust_remote_code
     with named_by("model.name" if config.model.scratch is None else "model.scratch"):
@@ -242,31 +244,13 @@ def _check_lengths(config: Config, template: Template, base: str, records: Recor
         check_room(config, positions, "the model")
 
 
-def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int, conversations: bool) -> None:
-    """Checkpoints that the configuration names beside the model, which has `rows` embedding rows."""
-    trust, terms = config.model.trust_remote_code, dict(_terms(config))
-    uses_stage = any(term.kind == "stage" for term in terms.values())
-    for key, source in (("reward.use", config.reward.use if uses_stage else None), ("ppo.value_model", config.ppo.value_model)):
-        if source is not None:
-            with named_by(key):
-                scorer = ScoreModel(load_classifier(source, trust_remote_code=trust))
-                check_vocabulary(scorer.model, tokenizer, source)
-                if embedding_rows(scorer.model) < rows:
-                    raise TercetError(
-                        f"{source}: it has {embedding_rows(scorer.model)} embedding rows, but the model has {rows} and can sample each of "
-                        f"them: give it as many with resize_token_embeddings({rows}), and save it"
-                    )
-                _check_same_ids(source, tokenizer, trust)
-    others = {f"evaluation.policies.{name}": source for name, source in config.evaluation.policies.items()}
-    for key, source in {"ppo.policy": config.ppo.policy, **others}.items():
-        if source is not None:
-            with named_by(key):
-                policy = load_causal_lm(source, trust_remote_code=trust, as_stored=True)
-                check_vocabulary(policy, tokenizer, source)
-                _check_same_ids(source, tokenizer, trust)
-                check_room(config, context_length(policy), source)
-                _check_sampling(source, policy)
-    classifiers = {(str(term.model), term.label): key for key, term in reversed(terms.items()) if term.kind == "classifier"}
+def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase | None, rows: int, conversations: bool) -> None:
+    """Checkpoints that the configuration names beside the model, which has `rows` embedding rows. tokenizer: None while a scratch model
+    is not made yet; they are only loaded then."""
+    _check_scorers(config, tokenizer, rows)
+    _check_policies(config, tokenizer)
+    trust = config.model.trust_remote_code
+    classifiers = {(str(term.model), term.label): key for key, term in reversed([*_terms(config)]) if term.kind == "classifier"}
     for (source, label), key in classifiers.items():
         with named_by(key):
             own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
@@ -275,6 +259,40 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int
                 raise TercetError(
                     f"{source}: the prompts are conversations but its tokenizer has no chat template to write them with"
                 )
+
+
+def _check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase | None, rows: int) -> None:
+    trust, uses_stage = config.model.trust_remote_code, any(term.kind == "stage" for _, term in _terms(config))
+    way_out = "a reward model with a tokenizer of its own belongs into ppo.rewards as {kind: classifier, model: ...}"
+    for key, source in (("reward.use", config.reward.use if uses_stage else None), ("ppo.value_model", config.ppo.value_model)):
+        if source is None:
+            continue
+        with named_by(key):
+            scorer = ScoreModel(load_classifier(source, trust_remote_code=trust))
+            if tokenizer is None:
+                continue
+            check_vocabulary(scorer.model, tokenizer, source)
+            if embedding_rows(scorer.model) < rows:
+                raise TercetError(
+                    f"{source}: it has {embedding_rows(scorer.model)} embedding rows, but the model has {rows} and can sample each of them: "
+                    f"give it as many with resize_token_embeddings({rows}), and save it"
+                )
+            _check_same_ids(source, tokenizer, trust, way_out)
+
+
+def _check_policies(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    trust = config.model.trust_remote_code
+    others = {f"evaluation.policies.{name}": source for name, source in config.evaluation.policies.items()}
+    for key, source in {"ppo.policy": config.ppo.policy, **others}.items():
+        if source is None:
+            continue
+        with named_by(key):
+            policy = load_causal_lm(source, trust_remote_code=trust, as_stored=True)
+            if tokenizer is not None:
+                check_vocabulary(policy, tokenizer, source)
+                _check_same_ids(source, tokenizer, trust, "take one that was trained from the same model")
+            check_room(config, context_length(policy), source)
+            _check_sampling(source, policy)
 
 
 def _check_sampling(source: str, model: PreTrainedModel) -> None:
@@ -312,7 +330,7 @@ def _terms(config: Config) -> Iterator[tuple[str, RewardTerm]]:
     yield from ((f"evaluation.judges.{name}", term) for name, term in config.evaluation.judges.items())
 
 
-def _check_same_ids(source: str, tokenizer: PreTrainedTokenizerBase, trust: bool) -> None:
+def _check_same_ids(source: str, tokenizer: PreTrainedTokenizerBase, trust: bool, way_out: str) -> None:
     """These models read the ids that the policy samples: under another vocabulary they would read another text."""
     try:
         theirs = load_tokenizer(source, trust_remote_code=trust, needs_eos=False).get_vocab()
@@ -322,5 +340,5 @@ def _check_same_ids(source: str, tokenizer: PreTrainedTokenizerBase, trust: bool
     if differing:
         raise TercetError(
             f"{source}: its tokenizer has other ids than the model's for {len(differing)} tokens, such as {differing[0]!r}: it would read "
-            "another text; a reward model with a tokenizer of its own belongs into ppo.rewards as {kind: classifier, model: ...}"
+            f"another text; {way_out}"
         )

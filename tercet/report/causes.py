@@ -181,7 +181,7 @@ CAUSES: dict[str, Cause] = {
         "below",
         1e-6,
         None,
-        "There is nothing to climb: look at ppo.rewards, and at score_clip, which may cut everything to one value.",
+        "There is nothing to climb: look at ppo.rewards.",
     ),
     "kl_negative": Cause(
         "ppo",
@@ -190,7 +190,7 @@ CAUSES: dict[str, Cause] = {
         "below",
         -0.5,
         None,
-        "Sampled text and log-probabilities come from different distributions: look at temperature and generation settings.",
+        "Sampled text and log-probabilities come from different distributions: set machine.dtype: float32, and report it if it stays.",
     ),
     "kl_none": Cause(
         "ppo",
@@ -245,7 +245,7 @@ CAUSES: dict[str, Cause] = {
         "below",
         0.5,
         None,
-        "Use the SFT policy; the findings above say why PPO harmed it.",
+        "Use the SFT policy; what else is found here may say why PPO harmed it.",
     ),
     "win_rate_even": Cause(
         "ppo",
@@ -254,7 +254,7 @@ CAUSES: dict[str, Cause] = {
         "below",
         None,
         0.5,
-        "Use the SFT policy, or raise evaluation.prompts for a narrower interval.",
+        "Use the SFT policy, or give more held-out prompts (data.eval_prompts, evaluation.prompts) for a narrower interval.",
     ),
     "win_by_length": Cause(
         "ppo",
@@ -341,7 +341,7 @@ CAUSES: dict[str, Cause] = {
     "clip_fraction": Cause(
         "ppo",
         "PPO's steps are too large",
-        "share of tokens that hit the clip range, mean of the last half of the iterations",
+        "share of tokens whose clipped loss was the larger one, mean of the last half of the iterations",
         "above",
         None,
         0.4,

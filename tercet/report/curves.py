@@ -39,7 +39,7 @@ class Plot:
 
 LEARNING_RATE = Curve("learning_rate", "Learning rate", "as scheduled")
 GRADIENT = Curve("grad_norm", "Gradient norm", "before clipping")
-LOSS = Curve("loss", "Loss", "nats per token of the responses", held_out="eval_loss")
+LOSS = Curve("loss", "Loss", "nats per token learned from", held_out="eval_loss")
 
 CURVES: dict[str, tuple[Curve, ...]] = {
     "pretrain": (Curve("loss", "Loss", "nats per token", held_out="eval_loss"), GRADIENT, LEARNING_RATE),
@@ -65,7 +65,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         Curve("entropy", "Entropy", "nats per token"),
         Curve("length", "Length", "tokens per response", marks=(("sft.length", "SFT"),)),
         Curve("finished", "Ended by a stop token", "share of responses", marks=(("sft.finished", "SFT"),), share=True),
-        Curve("clip_fraction", "Clip fraction", "share of tokens outside the clip range", share=True),
+        Curve("clip_fraction", "Clip fraction", "share of tokens whose clipped loss was the larger one", share=True),
         Curve("explained_variance", "Explained variance", "of the returns, by the value model", marks=((0.0, "nothing"),)),
         Curve("gold", "Gold score", "the truth, on the prompts of evaluation", marks=(("gold.sft", "SFT"),)),
         Curve("judge", "Judge's score", "by a model that PPO never saw"),

@@ -69,8 +69,8 @@ class RunData:
         return [y for y in self.series(stage, key)[1] if math.isfinite(y)]
 
     def ran(self, stage: str) -> bool:
-        """Whether the stage has left anything behind."""
-        return bool(self.metrics.get(stage)) or any(key.startswith(stage + ".") for key in self.summary)
+        """Whether the stage has begun to train, or ended. (Figures alone say nothing: sft.score is there without SFT, too.)"""
+        return bool(self.metrics.get(stage)) or f"{stage}.seconds" in self.summary
 
     def groups(self) -> dict[str, dict[str, float]]:
         """group -> figure -> value, from the summary's "figure[group]" keys."""
@@ -99,7 +99,7 @@ def records(value: object) -> list[Record]:
 
 
 def load_run(folder: Path) -> RunData:
-    """Read a run folder (layout: design, "The run folder"). Raises FileNotFoundError where there is no such folder."""
+    """Read a run folder (docs/metrics.md has its files). Raises FileNotFoundError where there is no such folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such run folder; give the folder that `tercet run` wrote.")
     problems: list[str] = []

@@ -211,7 +211,7 @@ def _clipping(run: RunData) -> Iterable[Finding]:
     clipped = run.finite("ppo", "clip_fraction")
     if len(clipped) >= FEW_LINES:
         mean = statistics.fmean(last(clipped, 0.5))
-        text = f"{percent(mean)} of the tokens hit the clip range (mean of the last half of the iterations)."
+        text = f"{percent(mean)} of the tokens were clipped (mean of the last half of the iterations)."
         yield from fault("clip_fraction", mean, text, percent(mean))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tercet.report.causes import CAUSES
 from tercet.report.findings import Finding, Rule
-from tercet.report.load import Record, RunData, load_run
+from tercet.report.load import STAGES, Record, RunData, load_run
 from tercet.report.rules_ppo import PPO_RULES
 from tercet.report.rules_training import TRAINING_RULES
 
@@ -24,8 +24,8 @@ def verdict(run: RunData) -> list[Finding]:
     found = [finding for rule in RULES for finding in rule(run)]
     if not any(finding.level != "ok" for finding in found):
         found.insert(0, _healthy(run))
-    order = {"error": 0, "warning": 1, "ok": 2}
-    return sorted(found, key=lambda finding: order[finding.level])  # stable: RULES are in the order of the stages
+    levels, stages = ("error", "warning", "ok"), ("run", *STAGES)
+    return sorted(found, key=lambda finding: (levels.index(finding.level), stages.index(finding.stage)))
 
 
 def verdict_of(folder: Path) -> list[Record]:
@@ -44,12 +44,16 @@ def verdict_of(folder: Path) -> list[Record]:
 
 
 def _healthy(run: RunData) -> Finding:
-    missing = [name for stage, name in (("sft", "SFT"), ("reward", "the reward model"), ("ppo", "PPO")) if not run.ran(stage)]
+    names = {"sft": "SFT", "reward": "the reward model", "ppo": "PPO"}
+    missing = [name for stage, name in names.items() if not run.ran(stage)]
+    whole = "evaluate.seconds" in run.summary  # which is the last stage: what is missing then was not asked for
     if len(missing) == 3:
         return Finding("ok", "Nothing has run yet", "The run folder holds no metrics.", "", "run", "empty")
-    if missing:
+    if missing and not whole:
         text = f"No rule found a fault in what there is. Not run so far: {', '.join(missing)}."
         return Finding("ok", "Healthy so far", text, "", "run", "healthy")
     count = len({key for lines in run.metrics.values() for line in lines for key in line})
-    text = f"All three stages ran, and none of the {len(CAUSES)} causes of docs/diagnosis.md was found."
+    which = "Every stage of this configuration" if missing else "All three stages"
+    without = f" (without {' and '.join(missing)})" if missing else ""
+    text = f"{which}{without} ran, and none of the {len(CAUSES)} causes of docs/diagnosis.md was found."
     return Finding("ok", "Healthy", text, f"{count} metrics read" if count else "", "run", "healthy")

@@ -162,8 +162,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(stage: str, microbatch_tokens: int, rollout_batch_size: int) -> Iterator[None]:
-    """Turn what torch and Python raise when memory runs out into a TercetError that names the settings to lower, with their values."""
+def out_of_memory_explained(stage: str, microbatch_tokens: int, sampled: tuple[str, int] | None) -> Iterator[None]:
+    """Turn what torch and Python raise when memory runs out into a TercetError that names the settings to lower, with their values.
+    sampled: the setting that says how many responses the stage samples at once, if it samples any."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -171,9 +172,9 @@ def out_of_memory_explained(stage: str, microbatch_tokens: int, rollout_batch_si
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)):
             raise
         settings = f"machine.microbatch_tokens ({microbatch_tokens} now; try {max(1, microbatch_tokens // 2)})"
-        if stage in ("reward", "ppo", "evaluate"):
-            fewer = max(1, rollout_batch_size // 2)
-            settings += f" or, if it was sampling, ppo.rollout_batch_size ({rollout_batch_size} now; try {fewer})"
+        if sampled is not None:
+            name, rows = sampled
+            settings += f" or, if it was sampling, {name} ({rows} now; try {max(1, rows // 2)})"
         first = (text.strip() or type(error).__name__).splitlines()[0][:200]
         raise TercetError(
             f"stage {stage}: memory ran out ({first}). What was finished and the last checkpoint are kept: lower {settings}; "

@@ -95,7 +95,8 @@ class FunctionScorer:
         except queue.Empty:
             raise TercetError(
                 f"the reward function {self._name} did not return within {self._timeout:g} s on {len(responses)} responses: "
-                "raise its timeout, which changes no results, and run the same command again; or make it faster and run with --from ppo"
+                "raise the timeout of its entry in ppo.rewards or evaluation.judges, which changes no results, and run the same command "
+                "again; where it has no such entry, or the function itself is made faster, the stage begins anew (--from)"
             ) from None
         if not returned:
             raise TercetError(f"the reward function {self._name} raised {type(value).__name__}: {value}") from value

@@ -425,7 +425,7 @@ def test_row_27_the_adaptive_controller_is_checked_and_resumed() -> None:
 # Rows about things that Tercet does not have, and why the error cannot be made.
 CANNOT_OCCUR = {
     24: "one response a prompt and a value model: no estimator over groups of responses",
-    28: "rows are padded, never packed into one text",
+    28: "texts that lie end to end are apart in attention",
 }
 
 

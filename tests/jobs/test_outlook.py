@@ -120,6 +120,10 @@ def test_more_memory_than_is_free_is_warned_of(base: str, monkeypatch: pytest.Mo
     found = warnings(base, sound())
     assert [text.split(" needs")[0] for text in found] == ["stage sft", "stage reward", "stage ppo"]
     assert "0.0 GiB are free" in found[0] and "machine.microbatch_tokens" in found[0]
+    assert "set model.adapter, set machine.activation_checkpointing," in found[0]
+    assert "ppo.rollout_batch_size" in found[2] and "ppo.rollout_batch_size" not in found[0]
+    done = warnings(base, sound(), {"model": {"name": base, "adapter": {}}, "machine": {"activation_checkpointing": True}})
+    assert not any("model.adapter" in text or "activation_checkpointing" in text for text in done) and len(done) == 3
     monkeypatch.setattr(module, "free_memory", lambda device: None)
     assert warnings(base, sound()) == []
 

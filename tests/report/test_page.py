@@ -11,8 +11,9 @@ import pytest
 from pages import Page, hostile
 
 from tercet.report import write_report
-from tercet.report.load import load_run
-from tercet.report.tables import machine_time
+from tercet.report.load import RunData, load_run
+from tercet.report.page import render
+from tercet.report.tables import command, machine_time
 from tercet.report.text import duration
 
 
@@ -21,6 +22,12 @@ def written(folder: Path) -> tuple[str, Page]:
     assert path == folder / "report.html" and not list(folder.glob(".report*"))
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
+
+
+def test_a_reward_from_python_has_no_command_line() -> None:
+    assert command(RunData(config="ppo:\n  rewards:\n  - kind: stage\n")).startswith("tercet run ")
+    assert command(RunData(config="ppo:\n  rewards: []\n")) == ""
+    assert "given its reward function in Python" in render(RunData(config="ppo:\n  rewards: []\n"))
 
 
 def test_a_full_run(new_run) -> None:

@@ -281,6 +281,22 @@ def test_a_win_by_the_score_that_was_trained_on_is_called_so() -> None:
         assert "PPO wins 97\u202f% against SFT" in told[1] and told[1] == told[1].strip()
 
 
+def test_what_was_not_asked_for_is_not_missed() -> None:
+    """sft.score is there without SFT, too; a run that was evaluated has nothing left to run."""
+    figures = {"sft.score": 0.0, "ppo.score": 1.0, "ppo.seconds": 3.0}
+    (begun,) = [one for one in verdict(RunData(summary=figures)) if one.rule == "healthy"]
+    (ended,) = [one for one in verdict(RunData(summary=figures | {"evaluate.seconds": 1.0})) if one.rule == "healthy"]
+    assert begun.title == "Healthy so far" and "Not run so far: SFT, the reward model." in begun.text
+    assert ended.title == "Healthy" and "(without SFT and the reward model) ran" in ended.text
+
+
+def test_within_a_level_the_earlier_stage_comes_first() -> None:
+    losses = [{"step": i, "eval_loss": loss, "eval_loss_before": 1.0} for i, loss in enumerate((2.0, 3.0))]
+    rows = [{"iteration": i, "score": math.nan} for i in range(4)]
+    found = [one for one in verdict(RunData(metrics={"sft": losses, "ppo": rows})) if one.level == "error"]
+    assert [(one.stage, one.rule) for one in found] == [("sft", "sft_loss_rose"), ("ppo", "not_finite")]
+
+
 def test_the_figure_of_wins_names_its_judge() -> None:
     run = RunData(summary={"win_rate": 0.9, "win_rate_low": 0.8, "win_rate_high": 1.0, "win_rate_by": "the second reward model"})
     assert headline(run)[0][2].endswith(", by the second reward model")

@@ -102,29 +102,32 @@ def test_a_device_that_is_not_there(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "error", "told"),
+    ("stage", "sampled", "error", "told"),
     [
         (
             "sft",
+            None,
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
             r"machine\.microbatch_tokens \(64 now; try 32\)",
         ),
-        ("sft", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "try 32"),
-        ("ppo", MemoryError(), r"if it was sampling, ppo\.rollout_batch_size \(16 now; try 8\)"),
+        ("sft", None, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), r"try 32\);"),
+        ("ppo", ("ppo.rollout_batch_size", 16), MemoryError(), r"if it was sampling, ppo\.rollout_batch_size \(16 now; try 8\)"),
     ],
 )
-def test_running_out_of_memory_names_what_to_lower(stage: str, error: Exception, told: str) -> None:
-    with pytest.raises(TercetError, match=rf"stage {stage}: memory ran out.*{told}"), out_of_memory_explained(stage, 64, 16):
+def test_running_out_of_memory_names_what_to_lower(
+    stage: str, sampled: tuple[str, int] | None, error: Exception, told: str
+) -> None:
+    with pytest.raises(TercetError, match=rf"stage {stage}: memory ran out.*{told}"), out_of_memory_explained(stage, 64, sampled):
         raise error
 
 
 def test_other_errors_are_left_alone() -> None:
-    with pytest.raises(RuntimeError, match="sizes of tensors"), out_of_memory_explained("sft", 64, 16):
+    with pytest.raises(RuntimeError, match="sizes of tensors"), out_of_memory_explained("sft", 64, None):
         raise RuntimeError("sizes of tensors must match")
 
 
 def test_an_allocation_that_really_fails_is_recognised() -> None:
-    with pytest.raises(TercetError, match="memory ran out"), out_of_memory_explained("sft", 64, 16):
+    with pytest.raises(TercetError, match="memory ran out"), out_of_memory_explained("sft", 64, None):
         torch.empty(2**55, dtype=torch.uint8)
 
 
