@@ -58,8 +58,15 @@ def _pipeline(config: Any, model: Any, tokenizer: Any, reward: Callable[..., lis
             raise TercetError(
                 "model= needs tokenizer= as well, and a configuration given as a mapping or a Config, not as a file"
             )
-        folder = _saved(model, tokenizer, Path(values.get("output", "run")).resolve())
-        config = {**values, "model": {**values.get("model", {}), "name": str(folder)}}
+        output, section = values.get("output", "run"), values.get("model") or {}
+        if not isinstance(output, str | Path) or not isinstance(section, Mapping):
+            raise TercetError(f"output: {output!r} should be a folder's name, and model: {section!r} a mapping")
+        output = Path(output).expanduser().resolve()
+        try:
+            folder = _saved(model, tokenizer, output)
+        except OSError as error:
+            raise TercetError(f"output: {output} cannot be written ({error.strerror}): choose another place") from None
+        config = {**values, "model": {**section, "name": str(folder)}}
     loaded = load_config(config)
     if reward is None:
         return Pipeline(loaded)

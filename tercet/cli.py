@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tercet.errors import TercetError
+
+if TYPE_CHECKING:
+    from tercet.config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -79,11 +82,12 @@ def evaluate(config: ConfigFile, settings: Set, from_stage: From = None) -> None
 @app.command()
 def report(config: ConfigFile, settings: Set) -> None:
     """Write report.html anew from the run folder."""
-    from tercet.config import load_config
     from tercet.pipeline import Pipeline
+    from tercet.runtime.files import disk_errors_explained
 
-    pipeline = Pipeline(load_config(config, settings))
-    print(pipeline.write_report())
+    pipeline = Pipeline(_load(config, settings))
+    with disk_errors_explained(pipeline.folder):
+        print(pipeline.write_report())
 
 
 @app.command()
@@ -159,13 +163,22 @@ def quickstart(
 
 
 def _run(config: Path, settings: list[str], stages: list[str] | None, from_stage: str | None) -> None:
-    from tercet.config import load_config
     from tercet.pipeline import Pipeline
     from tercet.table import print_summary
 
     with _stopped_at_once():
-        result = Pipeline(load_config(config, settings)).run(stages, from_stage)
+        result = Pipeline(_load(config, settings)).run(stages, from_stage)
     print_summary(result)
+
+
+def _load(config: Path, settings: list[str]) -> Config:
+    from tercet.config import load_config
+    from tercet.folder import require_own_folder
+
+    loaded = load_config(config, settings)
+    if not any(setting.partition("=")[0].strip() == "output" for setting in settings):
+        require_own_folder(config, Path(loaded.output))
+    return loaded
 
 
 @contextmanager

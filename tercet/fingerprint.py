@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.config import Config
+from tercet.config.ppo import RewardTerm
 from tercet.errors import named_by
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
@@ -37,6 +38,7 @@ _INSIDE = [f"evaluation.{name}" for name in ("prompts", "greedy", "judges", "gol
 # And the card of a reward model from elsewhere, which is written there.
 _CARD = ["reward", "data.comparisons", "data.eval_comparisons", "data.held_out"]
 _NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit", "evaluation.batch_size")
+_CLASSIFIERS = 2  # as VERSIONS, of those runs alone that have classifiers from elsewhere
 _TIMEOUT = "timeout"  # of a reward function: what it may take, not what it gives
 # What may be named by a path here: folders with a model, "file.py:name". Their contents count, and not where they are kept.
 _PATHS: tuple[str, ...] = ("model.name", "reward.use", "ppo.policy", "ppo.value_model", "ppo.rewards")
@@ -69,6 +71,8 @@ def fingerprints(
             settings["ppo.stop"] = config.ppo.stop  # special tokens among them end the texts of these stages too
         if flat["machine.dtype"] == "auto":
             settings.pop("machine.dtype", None)
+        if stage in ("ppo", "evaluate") and any(term.kind == "classifier" for term in terms_of(config)):
+            settings["what classifiers read"] = _CLASSIFIERS
         if reward_callables and stage in ("ppo", "evaluate"):
             data["reward function"] = {
                 f"{place + 1} {getattr(call, '__qualname__', type(call).__name__)}": digest(_what_it_does(call))
@@ -127,6 +131,8 @@ def _what_it_does(call: Any) -> list[Any]:
         return ["partial", _what_it_does(call.func), _plain([call.args, call.keywords])]
     function = getattr(call, "__func__", call)
     if not hasattr(function, "__code__"):
+        if not hasattr(type(call).__call__, "__code__"):  # a function that is not written in Python
+            return ["built in", f"{getattr(call, '__module__', '')}.{getattr(call, '__qualname__', type(call).__qualname__)}"]
         return ["object", _what_it_does(type(call).__call__), _plain(getattr(call, "__dict__", {}))]
     try:
         does = textwrap.dedent(inspect.getsource(function))
@@ -151,11 +157,14 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
+def terms_of(config: Config) -> list[RewardTerm]:
+    """Everything that the configuration names to give scores, but for the gold one."""
+    return [*config.ppo.rewards, *config.evaluation.judges.values()]
+
+
 def functions_of(config: Config) -> list[str]:
     """The Python functions that the configuration names."""
-    evaluation = config.evaluation
-    terms = [*config.ppo.rewards, *evaluation.judges.values()]
-    return [text for text in (*(term.function for term in terms), evaluation.gold) if text]
+    return [text for text in (*(term.function for term in terms_of(config)), config.evaluation.gold) if text]
 
 
 def digest(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from tercet.config import Config, to_yaml
 from tercet.errors import OtherFormat, TercetError
 from tercet.fingerprint import STAGES, differences, digest, fingerprints, functions_of
-from tercet.folder import FOLDERS, earlier_machine, read_json, require_no_others_files, with_earlier_choices
+from tercet.folder import FOLDERS, earlier_machine, read_json, require_no_others_files, with_earlier_choices, with_own_base
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Pipeline:
     def __init__(self, config: Config, reward_callables: Sequence[Callable[..., list[float]]] = ()):
         self.folder = Path(config.output)
         require_no_others_files(self.folder)
-        self.config = with_earlier_choices(config)
+        self.config = with_earlier_choices(with_own_base(config))
         self._callables = tuple(reward_callables)
 
     def stages(self) -> list[str]:

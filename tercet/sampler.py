@@ -26,6 +26,12 @@ def generate(folder: str | Path, prompts: Sequence[str], stages: Sequence[str] =
     if not (folder / "config.yaml").exists():
         raise TercetError(f"{folder} is no run folder: it has no config.yaml")
     config = load_config(folder / "config.yaml")
+    if config.model.scratch is not None and not (folder / "pretrain/model").exists():
+        raise TercetError(
+            f"{folder}: its model from scratch is not there (pretrain/model): `tercet pretrain {folder}/config.yaml` makes it"
+        )
+    if any(not prompt.isascii() and prompt.encode("utf-8", "replace").decode() != prompt for prompt in prompts):
+        raise TercetError("--prompt: it holds bytes that are no UTF-8 text")
     shop = Pipeline(config.model_copy(update={"output": str(folder)})).workshop(Interrupt())
     sources = {"base": shop.base, "sft": shop.sft_source, "ppo": str(folder / "ppo/model")}
     usual, more = list(sources), {"best": str(folder / "ppo/best")} | config.evaluation.policies

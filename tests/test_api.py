@@ -165,6 +165,20 @@ class TestLoadedObjects:
         with pytest.raises(TercetError, match=r"(?s)stage sft was finished from something else.*model\.name"):
             tercet.train_sft(settings, model=model, tokenizer=tokenizer)
 
+    @pytest.mark.parametrize("wrong", [{"output": None}, {"output": 3}, {"model": "gpt2"}])
+    def test_a_section_of_another_kind_is_said(self, loaded: tuple[Any, Any], settings: dict[str, Any], wrong: Any) -> None:
+        with pytest.raises(TercetError, match="should be a folder's name, and model: .* a mapping"):
+            tercet.train_sft({**settings, "model": {}, **wrong}, model=loaded[0], tokenizer=loaded[1])
+
+    def test_an_output_that_cannot_be_written_is_said(
+        self, loaded: tuple[Any, Any], settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(TercetError, match="file/run"):
+            tercet.train_sft(
+                {**settings, "model": {}, "output": str(tmp_path / "file/run")}, model=loaded[0], tokenizer=loaded[1]
+            )
+
     def test_a_model_needs_its_tokenizer(self, loaded: tuple[Any, Any], settings: dict[str, Any], finished_run: Path) -> None:
         with pytest.raises(TercetError, match="model= needs tokenizer="):
             tercet.train_sft({**settings, "model": {}}, model=loaded[0])

@@ -250,3 +250,21 @@ def test_a_second_signal_stops_at_once_with_a_message(command: Call, monkeypatch
     monkeypatch.setattr("tercet.pipeline.Pipeline.run", stopped)
     status, _, error = command("run", str(config_file))
     assert status == 130 and "goes on from the last checkpoint" in error
+
+
+def test_the_configuration_of_a_copied_run_folder_is_not_used_on_the_original(
+    run_copy: Path, finished_run: Path, tmp_path: Path, command: Call
+) -> None:
+    for arguments in (("run", "--from", "evaluate"), ("report",)):
+        status, _, error = command(arguments[0], str(run_copy / "config.yaml"), *arguments[1:])
+        assert status == 2 and f"its output is {finished_run}" in error and f"--set output={run_copy}" in error
+    status, out, _ = command("report", str(run_copy / "config.yaml"), "--set", f"output={run_copy}")
+    assert status == 0 and str(run_copy / "report.html") in out.replace("\n", "")
+
+
+def test_generate_makes_no_model(run_copy: Path, command: Call) -> None:
+    status, _, error = command("generate", str(run_copy), "--prompt", "caf\udce9")
+    assert status == 2 and "bytes that are no UTF-8" in error
+    shutil.rmtree(run_copy / "pretrain")
+    status, _, error = command("generate", str(run_copy), "--prompt", "What is rain?")
+    assert status == 2 and "its model from scratch is not there" in error and not (run_copy / "pretrain").exists()

@@ -221,3 +221,17 @@ def test_how_long_a_reward_function_may_take_changes_nothing(project: Path) -> N
         return fingerprints(load_config({**values, "ppo": {"rewards": [term]}, "evaluation": {"judges": {"mine": term}}}), STAGES)
 
     assert prints(1.0) == prints(300.0)
+
+
+def test_a_function_that_is_not_written_in_python_goes_by_its_name(project: Path) -> None:
+    config = load_config({"model": {"name": str(project / "model")}, "data": {"prompts": str(project / "prompts.jsonl")}})
+    one, same, other = (fingerprints(config, ["ppo"], [call])["ppo"] for call in (len, len, max))
+    assert one == same and list(differences(one, other))
+
+
+def test_runs_with_classifiers_know_how_those_are_read(project: Path) -> None:
+    term = {"kind": "classifier", "model": str(project / "classifier")}
+    with_one = prints_of(project, ppo={"rewards": [term]})
+    without = prints_of(project, ppo={"rewards": [{"kind": "stage"}]}, evaluation={"judges": {}})
+    assert "what classifiers read" in with_one["ppo"]["settings"] and "what classifiers read" not in without["ppo"]["settings"]
+    assert "what classifiers read" not in with_one["reward"]["settings"]

@@ -563,7 +563,9 @@ def test_an_output_that_is_a_file_is_said(settings: dict[str, Any], tmp_path: Pa
         run({**settings, "output": str(tmp_path / "taken")})
 
 
-@pytest.mark.parametrize("name", ["evaluation/notes.txt", "reward/train.py", "report.html", "config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["evaluation/notes.txt", "reward/train.py", "pretrain/corpus.jsonl", "report.html", "config.yaml"]
+)
 def test_other_peoples_files_in_the_output_folder_are_not_written_over(settings: dict[str, Any], name: str) -> None:
     own = Path(settings["output"]) / name
     own.parent.mkdir(parents=True, exist_ok=True)
@@ -578,7 +580,8 @@ def test_other_peoples_files_in_the_output_folder_are_not_written_over(settings:
 def test_a_run_that_was_stopped_before_its_first_stage_goes_on(settings: dict[str, Any], finished_run: Path) -> None:
     folder = Path(settings["output"])
     folder.mkdir()
-    shutil.copy(finished_run / "config.yaml", folder)
+    text = (finished_run / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(f"output: {finished_run}", f"output: {folder}"))
     (folder / "notes.txt").write_text("mine")
     run(settings, wanted=["pretrain"])
     assert (folder / "pretrain/done.json").exists() and (folder / "notes.txt").read_text() == "mine"
@@ -590,3 +593,33 @@ def test_a_missing_model_stops_a_run_from_scratch_before_anything_is_removed(run
         with pytest.raises(TercetError, match=rf"^{key}\.{name}: .*no such folder"):
             run(changed(settings, **{key: {name: "/nowhere/at/all"}}), from_stage="pretrain")
     assert files(run_copy) == before
+
+
+def test_a_whole_configuration_of_somebody_elses_is_not_taken_for_a_runs(settings: dict[str, Any], finished_run: Path) -> None:
+    """Every key of it is there, as `tercet init` writes it, but its output is another folder."""
+    folder = Path(settings["output"])
+    (folder / "sft").mkdir(parents=True)
+    (folder / "sft/mine.txt").write_text("mine")
+    shutil.copy(finished_run / "config.yaml", folder)
+    before = files(folder)
+    with pytest.raises(TercetError, match="holds no run, but has 'config.yaml' already"):
+        run(settings, from_stage="sft")
+    assert files(folder) == before
+
+
+def test_a_stage_folder_on_another_disk_can_be_redone_again_and_again(
+    run_copy: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.move(run_copy / "evaluation", tmp_path / "elsewhere")
+    (run_copy / "evaluation").symlink_to(tmp_path / "elsewhere")
+    for _ in range(3):
+        run(settings, from_stage="evaluate")
+        assert (run_copy / "evaluation/done.json").exists() and not list(run_copy.glob(".*.removed"))
+
+
+def test_what_a_model_from_python_lies_in_may_be_moved(finished_run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "sft/model", tmp_path / "new/base-5ffce8cb9e05")
+    moved = changed(settings, model={"scratch": None, "name": str(tmp_path / "old/base-5ffce8cb9e05")}, data={"pretrain": None})
+    pipeline = Pipeline(load_config({**moved, "output": str(tmp_path / "new")}))
+    assert pipeline.config.model.name == str(tmp_path / "new/base-5ffce8cb9e05")
+    assert Pipeline(load_config({**moved, "output": str(tmp_path / "other")})).config.model.name == moved["model"]["name"]

@@ -1,6 +1,7 @@
 """`tercet quickstart` reaches what it promises, by real training: the embedded world's truth is known, so this can be measured."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -47,3 +48,30 @@ def test_an_output_that_cannot_be_written_is_named(place, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TercetError, match=f"{place} cannot be written .*choose another place with --output"):
         run_quickstart(tmp_path / place)
+
+
+@pytest.mark.parametrize("name", ["data/demonstrations.jsonl", "quickstart.yaml"])
+def test_other_peoples_files_are_not_written_over(name, tmp_path, monkeypatch):
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("mine")
+    with pytest.raises(TercetError, match=f"has '{name.split('/')[0]}' already, which is not the quickstart's"):
+        run_quickstart(tmp_path)
+    assert own.read_text() == "mine" and [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
+
+
+def test_data_of_two_seeds_are_never_mixed(tmp_path, monkeypatch):
+    """Killed while it writes another seed's world, it does not take the half that is there for a whole."""
+    from tercet.world import Sizes, generate
+
+    module = sys.modules[generate.__module__]
+    small = Sizes(**dict.fromkeys(vars(Sizes()), 8))
+    generate(tmp_path, seed=0, sizes=small)
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path, seed=1, sizes=small)
+    assert not (tmp_path / "world.json").exists()

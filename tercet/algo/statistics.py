@@ -101,6 +101,17 @@ def cluster_interval(sums: Tensor, counts: Tensor, seed: int) -> tuple[float, fl
     return percentiles(torch.cat([(drawn @ sums) / (drawn @ counts) for drawn in resamples(len(sums), seed)]))
 
 
+def of_a_share(interval: tuple[float, float], share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share seen in `count` trials: the bootstrap's, which has no width where all were won or lost, and then
+    Wilson's. (Where all are ties, as of one policy with itself, there is nothing uncertain.) Source: Wilson 1927."""
+    if share not in (0.0, 1.0):
+        return interval
+    z2 = 1.96**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count)) / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def length_controlled_win_rate(outcomes: Tensor, differences: Tensor, seed: int) -> tuple[float, float, float]:
     """(rate, low, high): the win rate that is expected where both responses are equally long, with a 95 % bootstrap interval.
 

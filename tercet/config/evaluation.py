@@ -15,7 +15,7 @@ _TAKEN = {"score", "judge", "bag_of_words", "gold", "kl", "entropy", "place", "r
 _TAKEN |= {"surprisal", "draw", "win_rate", "lc_win_rate", "perplexity", "distinct1", "distinct2", "repetition"}
 _TAKEN |= {"base", "sft", "ppo", "best", "prompt", "group", "main"}
 # And PPO's metrics, into whose rows evaluations on the way write.
-_TAKEN |= {"iteration", "reward", "kl_k3", "kl_coef", "score_std", "explained_variance", "skipped", "ratio"}
+_TAKEN |= {"iteration", "reward", "kl_k3", "kl_coef", "score_std", "explained_variance", "skipped", "ratio", "alarms"}
 _TAKEN |= {"sampler_logprob_gap", "epochs_done", "optimizer_steps", "learning_rate", "eval_score", "eval_kl"}
 _TAKEN |= {"policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm", "value_grad_norm"}
 _ENDINGS = ("_std", "_low", "_high")  # of a figure's spread and interval

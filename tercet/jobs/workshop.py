@@ -212,9 +212,9 @@ class Workshop:
         assert term.model is not None
         trust = self.config.model.trust_remote_code
         model = nn.Module.to(load_classifier(term.model, trust_remote_code=trust), self.machine.device)
-        return ClassifierScorer(
-            model, load_tokenizer(term.model, trust_remote_code=trust, needs_eos=False), label=term.label, name=term.model
-        )
+        tokenizer = load_tokenizer(term.model, trust_remote_code=trust, needs_eos=False)
+        chat = self.template.kind == "chat"
+        return ClassifierScorer(model, tokenizer, label=term.label, name=term.model, chat=chat)
 
     def reward_scorer(self, model: ScoreModel) -> RewardModelScorer:
         return RewardModelScorer(model, self.machine.microbatch_tokens)

@@ -254,7 +254,7 @@ CAUSES: dict[str, Cause] = {
         "below",
         None,
         0.5,
-        "Use the SFT policy, or give more held-out prompts (data.eval_prompts, evaluation.prompts) for a narrower interval.",
+        "Use the SFT policy, or give more prompts to evaluate on (data.eval_prompts, evaluation.prompts) for a narrower interval.",
     ),
     "win_by_length": Cause(
         "ppo",

@@ -49,7 +49,7 @@ def _sft_none(run: RunData) -> Iterable[Finding]:
     if kl is None:
         return
     each = [value for row in main_samples(run) if (value := number(row.get("base_kl"))) is not None]
-    most = interval_of_mean(each)[2] if len(each) > 1 else kl
+    most = interval_of_mean(each)[2] if each else kl  # of one sample nothing can be said: its interval is infinite
     text = f"The base model's responses lie {short(kl)} nats from the SFT policy, at most {short(most)}: both say the same."
     yield from fault("sft_none", most, text, short(kl))
 

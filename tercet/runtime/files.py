@@ -44,21 +44,27 @@ def replace_folder(temporary: Path, final: Path) -> None:
     removed = _moved_aside(final)
     os.replace(temporary, final)
     sync(final.parent)
-    shutil.rmtree(removed, ignore_errors=True)
+    _remove(removed)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder, or what is left of one whose removal a kill cut short; nothing if there is none."""
-    shutil.rmtree(_moved_aside(folder), ignore_errors=True)
+    _remove(_moved_aside(folder))
 
 
 def _moved_aside(folder: Path) -> Path:
     """Take a folder's name away from it, so that a kill during the removal does not leave half a folder under that name."""
     removed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
+    _remove(removed)
     if folder.exists():
         os.replace(folder, removed)
     return removed
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():  # to a folder on another disk, whose contents are left there
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -66,6 +72,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems have that for files alone
+            raise
     finally:
         os.close(descriptor)
 

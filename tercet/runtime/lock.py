@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -21,7 +22,7 @@ def locked(folder: Path) -> Iterator[bool]:
     Gives whether this process is the one that holds it. The lock goes with the process, however it ends; a folder in which nothing
     came to be goes too.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0:
         yield False
         return
     with _held(folder) as file:
@@ -48,7 +49,13 @@ def _held(folder: Path) -> TextIO:
             raise TercetError(f"{folder}: the run folder cannot be written ({error.strerror}): choose another output") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                file.close()
+                raise TercetError(
+                    f"{folder}: files cannot be locked on this file system ({error.strerror}), so that two runs there could ruin each other: "
+                    "choose an output on another one"
+                ) from None
             file.seek(0)
             holder = file.read().strip() or "?"
             file.close()

@@ -12,7 +12,7 @@ from tercet.data.batches import microbatches
 from tercet.data.template import seam
 from tercet.models.roles import ScoreModel
 from tercet.scoring.base import Texts, check_finite
-from tercet.types import Sequences, TercetError, Text
+from tercet.types import Message, Sequences, TercetError, Text
 
 
 @torch.no_grad()
@@ -39,8 +39,9 @@ class ClassifierScorer:
     """Any sequence-classification checkpoint with a tokenizer of its own, encoders included: sees text, not our ids.
 
     With several labels the logit of `label` (an id or a name) is the score. A conversation goes through the tokenizer's own chat
-    template; plain text is joined as it was for the policy. Of a text beyond the model's positions the beginning is cut off,
-    because the response is what is scored. A `score_offset` in config.json (a reward model of Tercet's) is added.
+    template, and so does plain text where the policy reads it through one (`chat`); otherwise it is joined as it was for the policy. Of a
+    text beyond the model's positions the beginning is cut off, because the response is what is scored. A reward model of Tercet's
+    (`score_offset` in config.json) reads the end token of a response that has one, and its offset is added.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ClassifierScorer:
         *,
         label: int | str | None,
         name: str,
+        chat: bool = False,
         batch_size: int = 32,
     ):
         self._model: Any = model.requires_grad_(False).eval()
@@ -61,14 +63,17 @@ class ClassifierScorer:
             self._batch_size = 1  # without a pad token a decoder's head finds the last token of a single text only
         else:
             model.config.pad_token_id = tokenizer.pad_token_id
+        self._chat = chat and tokenizer.chat_template is not None
         self._offset = float(getattr(model.config, "score_offset", 0.0))
+        self._end = tokenizer.eos_token_id if hasattr(model.config, "score_offset") else None
         tokenizer.truncation_side = "left"
         longest = min(tokenizer.model_max_length, _positions(model))
         self._max_length = longest if longest < 10**9 else None
 
     @torch.no_grad()
     def score(self, sequences: Sequences, texts: Texts) -> Tensor:
-        encoded = [self._encode(prompt, response) for prompt, response in zip(texts.prompts, texts.responses)]
+        finished = sequences.finished.tolist()
+        encoded = [self._encode(*row) for row in zip(texts.prompts, texts.responses, finished, strict=True)]
         scores = [torch.zeros(0, device=self._model.device)]
         for start in range(0, len(encoded), self._batch_size):
             chunk = encoded[start : start + self._batch_size]
@@ -78,14 +83,23 @@ class ClassifierScorer:
             scores.append(logits[:, self._label].float() + self._offset)
         return check_finite(torch.cat(scores), texts, self._name)
 
-    def _encode(self, prompt: Text, response: str) -> Any:
+    def _encode(self, prompt: Text, response: str, finished: bool) -> Any:
+        if self._chat and isinstance(prompt, str):
+            prompt = (Message("user", prompt),)
+        plain = isinstance(prompt, str)
+        ended = plain and finished and self._end is not None
         # A chat template writes its own special tokens; the tokenizer would put a second BOS before them.
-        return self._tokenizer(
+        encoded = self._tokenizer(
             self._text(prompt, response),
-            add_special_tokens=isinstance(prompt, str),
+            add_special_tokens=plain,
             truncation=self._max_length is not None,
-            max_length=self._max_length,
+            max_length=None if self._max_length is None else self._max_length - ended,
         )
+        if ended:
+            for name, value in (("input_ids", self._end), ("attention_mask", 1), ("token_type_ids", 0)):
+                if name in encoded:
+                    encoded[name].append(value)
+        return encoded
 
     def _text(self, prompt: Text, response: str) -> str:
         if isinstance(prompt, str):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tercet.algo.kl import k1, sequence_kl
-from tercet.algo.statistics import bootstrap_interval, distinct_n, length_controlled_win_rate, win_rate
+from tercet.algo.statistics import bootstrap_interval, distinct_n, length_controlled_win_rate, of_a_share, win_rate
 from tercet.data.batches import microbatches
 from tercet.generation.base import Generator
 from tercet.generation.sampling import uniforms
@@ -162,7 +162,7 @@ def wins(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]]
     ours = torch.tensor([row[judge] for row in rows], dtype=torch.float64)
     theirs = torch.tensor([row[judge] for row in against], dtype=torch.float64)
     outcomes = ((ours - theirs).sign() + 1) / 2
-    low, high = bootstrap_interval(outcomes, seed=seed)
+    low, high = of_a_share(bootstrap_interval(outcomes, seed=seed), float(outcomes.mean()), len(rows))
     longer = torch.tensor([a["length"] - b["length"] for a, b in zip(rows, against)], dtype=torch.float64)
     controlled, lc_low, lc_high = length_controlled_win_rate(outcomes, longer, seed)
     found = {"win_rate": float(win_rate(ours, theirs)), "low": low, "high": high, "n": len(rows)}

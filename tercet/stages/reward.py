@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tercet.algo.losses import counted_prompts, normalisation, ranking_loss
-from tercet.algo.statistics import cluster_interval
+from tercet.algo.statistics import cluster_interval, of_a_share
 from tercet.config.training import RewardConfig
 from tercet.data.batches import TokenStore, batch_indices, in_parts, microbatches, microbatches_grouped
 from tercet.data.template import Template, tokenise
@@ -170,7 +170,8 @@ def accuracy_interval(pairs: Sequence[Mapping[str, Any]], seed: int) -> tuple[fl
     sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
     counts = sums.index_add(0, groups, torch.ones(len(groups), dtype=torch.float64))
     sums = sums.index_add(0, groups, torch.tensor([pair["correct"] for pair in pairs], dtype=torch.float64))
-    return cluster_interval(sums[counts > 0], counts[counts > 0], seed)
+    drawn = cluster_interval(sums[counts > 0], counts[counts > 0], seed)
+    return of_a_share(drawn, float(sums.sum() / counts.sum()), int((counts > 0).sum()))
 
 
 @torch.no_grad()

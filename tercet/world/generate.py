@@ -91,6 +91,7 @@ def generate(folder: str | Path, seed: int = 0, sizes: Sizes | None = None) -> d
     sizes = sizes or Sizes()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "world.json").unlink(missing_ok=True)  # written last: with it the files are all of one seed
     asks = prompts(seed)
     train = asks["train"]
     streams = {name: Random(f"{seed}/{name}") for name in ("pretrain", "demonstrations", "comparisons", "rankings", "eval")}

@@ -747,11 +747,27 @@ MACHINE: list[Row] = [
     ("emulated bfloat16", "including_emulation=False", "including_emulation=True"),
 ]
 
+FOLDER: list[Row] = [
+    ("other people's files are written over", "    if found:\n", "    if False:\n"),
+    ("somebody's whole configuration is a run's", ' and values["output"] == str(folder):', ":"),
+    ("a configuration that was copied goes on at the original", "and folder != output.resolve()", "and False"),
+    ("nothing may be there, a run's own model neither", "return  # a model from scratch", "pass  # a model from scratch"),
+]
+SHARE: list[Row] = [
+    ("an interval without a width", "if share not in (0.0, 1.0):", "if True:"),
+    ("ties alone are uncertain", "if share not in (0.0, 1.0):", "if share not in (0.0, 0.5, 1.0):"),
+]
+
 CLASSIFIER: list[Row] = [
     ("RoBERTa's positions begin at 0", "int(pad) + 1 for pad", "0 for pad"),
     ("pads stand on the left", 'padding_side="right"', 'padding_side="left"'),
     ("the response is cut off", 'tokenizer.truncation_side = "left"', 'tokenizer.truncation_side = "right"'),
-    ("a second BOS", "add_special_tokens=isinstance(prompt, str)", "add_special_tokens=True"),
+    ("a second BOS", "add_special_tokens=plain", "add_special_tokens=True"),
+    ("the end token is left off", "ended = plain and finished and", "ended = False and finished and"),
+    ("a response that was cut gets an end token", "plain and finished and self._end", "plain and self._end"),
+    ("other people's models get an end token", 'if hasattr(model.config, "score_offset") else None', ""),
+    ("the end token makes a text too long", "self._max_length - ended", "self._max_length"),
+    ("plain prompts stay plain under chat", "if self._chat and isinstance(prompt, str)", "if False and isinstance(prompt, str)"),
     ("always the first label", "logits[:, self._label].float()", "logits[:, 0].float()"),
     ("the offset is forgotten", ".float() + self._offset)", ".float())"),
     ("a decoder without a pad token reads the pad", "self._batch_size = 1  # without", "pass  # without"),
@@ -972,6 +988,8 @@ MUTANTS: list[Mutant] = [
     *_of("models/adapters.py", "models/test_storage.py", MERGING),
     *_of("runtime/machine.py", "runtime/test_machine_and_world.py", MACHINE),
     *_of("models/load.py", "models/test_load.py", LOAD),
+    *_of("folder.py", "test_folder.py", FOLDER),
+    *_of("algo/statistics.py", "stages/test_evaluate.py", SHARE),
     *_of("scoring/model.py", "scoring/test_model.py", CLASSIFIER),
     *_of("scoring/base.py", "scoring/test_base.py", SCORING_BASE),
     *_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -268,10 +269,22 @@ class TestLock:
                 raise AssertionError("two holders")
 
     def test_other_ranks_share_the_first_ones(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with locked(tmp_path / "run"):
-            monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("RANK", "1")
+        with locked(tmp_path / "run") as alone:  # a variable that a cluster left there, of one process
+            monkeypatch.setenv("WORLD_SIZE", "2")
             with locked(tmp_path / "run") as is_main:
-                assert not is_main
+                assert alone and not is_main
+
+    def test_a_file_system_without_locks_is_not_in_use(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def flock(file: Any, operation: int) -> None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with (
+            pytest.raises(TercetError, match=r"cannot be locked on this file system.*choose an output"),
+            locked(tmp_path / "run"),
+        ):
+            pass
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

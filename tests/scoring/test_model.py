@@ -15,7 +15,7 @@ from tercet.models.roles import ScoreModel
 from tercet.scoring import model as module
 from tercet.scoring.base import Texts
 from tercet.scoring.model import ClassifierScorer, RewardModelScorer
-from tercet.types import Message, Sequences, TercetError, Text
+from tercet.types import Message, TercetError, Text
 
 RESPONSES = ["rain falls", "the sun is warm and bright and warm", "a kind word", "b"]
 PROMPTS = ["the cloud", "rain ", "", "a b c d"]
@@ -183,11 +183,33 @@ def test_of_a_text_beyond_the_models_positions_the_response_stays(model_max_leng
     assert abs(scores[0] - scores[1]) > 1e-3
 
 
-def test_the_offset_of_a_reward_model_of_tercets_counts() -> None:
+@pytest.mark.parametrize("longest", [None, 6])
+def test_a_reward_model_of_tercets_reads_the_end_token_and_adds_its_offset(longest: int | None) -> None:
+    """As in stage 2: a response that ended has its end token, one that was cut at the length limit has none."""
     tokenizer, model = bpe_tokenizer(), classifier("gpt2")
-    wanted = alone(model, tokenizer, JOINED) + 2.5
+    sequences = ragged([(2, 2)] * 4)
+    sequences.finished = torch.tensor([True, False, True, True])
+    ids = [[*tokenizer(text).input_ids, *[tokenizer.eos_token_id] * ended] for text, ended in zip(JOINED, (1, 0, 1, 1))]
+    with torch.no_grad():
+        wanted = torch.stack([model(input_ids=torch.tensor([row[-(longest or 99) :]])).logits[0, 0] + 2.5 for row in ids])
+    elsewhere = score(ClassifierScorer(model, tokenizer, label=None, name="clf"))
     model.config.score_offset = 2.5
-    torch.testing.assert_close(score(ClassifierScorer(model, tokenizer, label=None, name="clf")), wanted, rtol=0, atol=1e-5)
+    if longest is not None:
+        tokenizer.model_max_length = longest
+    scores = ClassifierScorer(model, tokenizer, label=None, name="clf").score(sequences, texts_of(PROMPTS, RESPONSES))
+    torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5)
+    assert (elsewhere + 2.5 - scores).abs().max() > 1e-3, "no other model's texts get one"
+
+
+def test_plain_prompts_go_through_the_chat_template_where_the_policys_do() -> None:
+    tokenizer = bpe_tokenizer(bos=True, chat_template=TEMPLATE, pad_token="<|im_end|>")
+    model = classifier("gpt2")
+    wanted = alone(model, tokenizer, ["<|bos|>user: the sun\n<|bos|>assistant: is warm\n"], add_special_tokens=False)
+    scores = score(ClassifierScorer(model, tokenizer, label=None, name="clf", chat=True), ["the sun"], ["is warm"])
+    torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5)
+    plain = word_tokenizer()
+    encoder = bert(plain)
+    assert torch.equal(*(score(ClassifierScorer(encoder, plain, label=None, name="clf", chat=chat)) for chat in (True, False)))
 
 
 def test_a_broken_classifier_is_named() -> None:
@@ -203,5 +225,5 @@ def test_scores_do_not_depend_on_the_policys_ids() -> None:
     tokenizer = word_tokenizer()
     scorer = ClassifierScorer(bert(tokenizer), tokenizer, label=None, name="clf")
     texts = texts_of(PROMPTS, RESPONSES)
-    one, other = (scorer.score(Sequences.from_rows([]), texts), scorer.score(ragged([(1, 3)] * 4, seed=5), texts))
+    one, other = (scorer.score(ragged(shapes, seed=seed), texts) for seed, shapes in ((0, [(2, 2)] * 4), (5, [(1, 3)] * 4)))
     assert torch.equal(one, other)

@@ -45,6 +45,15 @@ def test_the_same_policy_twice_gives_identical_responses_and_half_the_wins() -> 
     assert len({tuple(row["ids"]) for row in first}) > 3  # random numbers by place: equal prompts get several answers
 
 
+def test_a_share_of_all_or_nothing_is_not_certain() -> None:
+    """Five of five: Wilson's interval, as of any share that the bootstrap cannot vary."""
+    rows = [{"score": float(won), "length": 3} for won in (1, 1, 1, 1, 1)]
+    beaten = [{"score": 0.0, "length": 3} for _ in rows]
+    found = wins(rows, beaten, "score", seed=0)
+    assert found["win_rate"] == found["high"] == 1.0 and found["low"] == pytest.approx(1 / (1 + 1.96**2 / 5))
+    assert wins(beaten, rows, "score", seed=0)["high"] == pytest.approx(1 - found["low"])
+
+
 def test_policies_share_their_random_numbers_and_iterations_of_training_do_not_matter() -> None:
     """A policy that differs by a hair gives the same responses: only then does a comparison of two policies have little noise."""
     near = tiny.policy_of(2)
