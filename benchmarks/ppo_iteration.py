@@ -18,6 +18,7 @@ from protocol import Worker
 from workloads import WORKLOADS, prepare
 
 HERE = Path(__file__).parent
+PHASES = ("generate_s", "score_s", "update_s")
 
 
 def measure(name: str, sides: dict[str, list[str]], folder: Path, pairs: int) -> None:
@@ -39,7 +40,7 @@ def measure(name: str, sides: dict[str, list[str]], folder: Path, pairs: int) ->
         seconds = sorted(turn["seconds"] for turn in found)
         line = f"  {side:22} median {statistics.median(seconds):7.3f} s (min {seconds[0]:.3f}, max {seconds[-1]:.3f})"
         print(f"{line}  peak {found[-1]['peak_mib'] / 1024:.2f} GiB")
-        phases = {key: statistics.median(turn[key] for turn in found) for key in found[-1] if key.endswith("_s")}
+        phases = {key: statistics.median(turn[key] for turn in found) for key in PHASES if key in found[-1]}
         if phases:
             print("    " + "  ".join(f"{key.removesuffix('_s')} {value:.3f}" for key, value in phases.items()))
     peers = [side for side in turns if side.startswith("trl")]
