@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -26,6 +29,9 @@ from tercet.types import Comparison, Demonstration
 
 MANY_CUT = 0.1  # share of texts cut at max_length above which training sees mostly beginnings
 LOPSIDED = 0.65  # share of pairs whose longer response is chosen (or rejected) above which length alone tells a lot
+CONTRADICTED = 0.05  # share of pairs that are there the other way round above which data are at odds with themselves
+REPEATED = 0.5  # share of records whose responses begin with their prompt above which that is no chance
+_OTHER_SPLIT = re.compile(r"(test|eval|valid|dev)")  # how files that are to be measured on are called beside train.jsonl
 FEW_COMPARISONS = 200  # as in the verdict's rule reward_few
 LOOKED_AT = 2_000  # records of each file that are tokenised here
 # Which sources hold records of one kind, in the order of the stages: what is trained on, and what is measured on.
@@ -191,6 +197,23 @@ def _counts(name: str, sources: Mapping[str, Any], config: Config) -> Iterator[C
         yield Check(
             "warning", f"data.{name}: {repeated} records stand there more than once: remove the copies, or they count double"
         )
+    twice = sum(_repeats_its_prompt(record) for record in sources[name])
+    if twice > REPEATED * len(sources[name]):
+        yield Check(
+            "warning",
+            f"data.{name}: in {twice} of {len(sources[name])} records the responses begin with the prompt, which stands before them anyway: "
+            "leave it out of them",
+        )
+    path = getattr(config.data, name)
+    others = (
+        [file.name for file in sorted(Path(path).iterdir()) if _OTHER_SPLIT.match(file.name)] if os.path.isdir(path or "") else []
+    )
+    if others and any(file.name.startswith("train") for file in Path(path).iterdir()):
+        yield Check(
+            "warning",
+            f"data.{name}: of that folder {others[0]} is read to train on, too: name the file with the training records, and that one as "
+            f"data.{KINDS[name]}",
+        )
     if not held_out:
         yield Check(
             "warning",
@@ -214,20 +237,36 @@ def _comparisons(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:
     second = f"{len(judge)} comparisons go to a second reward model that judges the first" if judge else "no second reward model"
     yield Check("ok", f"reward: {second}")
     pairs = [
-        (len(better), len(worse))
+        (record.prompt, better, worse)
         for record in records
         for better, rank in zip(record.responses, record.ranks)
         for worse, other in zip(record.responses, record.ranks)
         if rank < other
     ]
-    longer = sum((better > worse) + (better == worse) / 2 for better, worse in pairs) / len(pairs)
-    ratio = median(better for better, _ in pairs) / max(1, median(worse for _, worse in pairs))
+    said = set(pairs)
+    denied = sum((prompt, worse, better) in said for prompt, better, worse in pairs)
+    if denied > CONTRADICTED * len(pairs):
+        yield Check(
+            "warning",
+            f"data.comparisons: {denied} of {len(pairs)} pairs stand there the other way round as well: no reward model can be right on "
+            "both; keep the one that is meant, or rank the two as equal",
+        )
+    lengths = [(len(better), len(worse)) for _, better, worse in pairs]
+    longer = sum((better > worse) + (better == worse) / 2 for better, worse in lengths) / len(lengths)
+    ratio = median(better for better, _ in lengths) / max(1, median(worse for _, worse in lengths))
     lopsided = max(longer, 1 - longer) > LOPSIDED
     advice = ": balance the lengths, or the reward model will learn to count words and PPO to use that" if lopsided else ""
     yield Check(
         "warning" if lopsided else "ok",
         f"reward: the preferred response is the longer one in {longer:.0%} of pairs (median length ratio {ratio:.2f}){advice}",
     )
+
+
+def _repeats_its_prompt(record: Any) -> bool:
+    """Whether each response begins with the prompt's text."""
+    texts = record.responses if isinstance(record, Comparison) else [getattr(record, "response", "")]
+    asked = record.prompt.strip() if isinstance(record.prompt, str) else ""
+    return bool(asked) and all(text.strip().startswith(asked) for text in texts)
 
 
 def leaks(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:

@@ -48,6 +48,7 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "evaluation: {policies: {sft: a}}", ["policies: the name 'sft' means something else already", "my_sft"]),
     (G + "evaluation: {judges: {repetition: {kind: stage}}}", ["judges: the name 'repetition' means something else already"]),
     (G + "evaluation: {judges: {mine_std: {kind: stage}}}", ["judges: the name 'mine_std' ends as a figure's spread"]),
+    (G + "evaluation: {policies: {ppo_score: a}}", ["policies: the name 'ppo_score' is that of a column", "rename it"]),
     (G + "evaluation: {policies: {'a b': a}}", ["policies: the name 'a b' should be letters"]),
     (G + "evaluation: {policies: {mine: a}, judges: {mine: {kind: stage}}}", ["policies: the name 'mine'", "no judge's name"]),
     (

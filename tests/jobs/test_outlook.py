@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,19 @@ def comparisons(count: int, better: int = 2, worse: int = 2) -> Records[Comparis
 
 def prompts(count: int, text: str = "What is {}?") -> Records[Prompt]:
     return Records(Prompt(text.format(i), {}, f"p:{i}") for i in range(count))
+
+
+def contradicted(count: int) -> Records[Comparison]:
+    """A third of them once more, with the other response preferred."""
+    first = comparisons(count)
+    return Records([*first, *(replace(one, responses=one.responses[::-1]) for one in first[: count // 3])])
+
+
+def repeated(records: Records[Any]) -> Records[Any]:
+    """With the prompt at the beginning of each response, too."""
+    if isinstance(records[0], Comparison):
+        return Records(replace(one, responses=tuple(f"{one.prompt} {text}" for text in one.responses)) for one in records)
+    return Records(replace(one, response=f"{one.prompt} {one.response}") for one in records)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +99,27 @@ def test_bfloat16_where_the_processor_only_imitates_it(has_bfloat16: bool, base:
         ({"comparisons": comparisons(50)}, {}, ["50 are few", "collect more"]),
         ({"comparisons": Records(comparisons(300), {"they are odd": 4})}, {}, ["4 records are not used because they are odd"]),
         ({"sft": Records([*demonstrations(40), *demonstrations(2)])}, {}, ["2 records stand there more than once", "remove"]),
+        ({"comparisons": contradicted(300)}, {}, ["200 of 400 pairs", "the other way round", "rank the two as equal"]),
+        ({"sft": repeated(demonstrations(40))}, {}, ["data.sft: in 40 of 40 records", "begin with the prompt", "leave it out"]),
+        ({"comparisons": repeated(comparisons(300))}, {}, ["data.comparisons: in 300 of 300", "begin with the prompt"]),
         ({"prompts": prompts(10)}, {}, ["data.prompts: nothing is held out", "data.eval_prompts"]),
     ],
 )
 def test_each_fault_is_named_with_what_to_do(base: str, change: Any, settings: dict[str, Any], told: Sequence[str]) -> None:
     found = warnings(base, sound() | change, settings)
     assert len(found) == 1 and all(part in found[0] for part in told), found
+
+
+def test_the_test_split_of_a_folder_is_not_trained_on_in_silence(base: str, tmp_path: Path) -> None:
+    for names, count in ((["train.jsonl", "test.jsonl"], 1), (["train.jsonl", "more.jsonl"], 0), (["a.jsonl", "test.jsonl"], 0)):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        found = warnings(base, sound(), {"data": {"sft": str(folder), "max_prompt_length": 16}})
+        assert len(found) == count and all(
+            "test.jsonl is read to train on, too" in text and "data.eval_sft" in text for text in found
+        )
 
 
 def test_the_judge_is_announced_for_the_comparisons_that_the_run_gives_it(base: str, tmp_path: Path) -> None:
