@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tercet.config import Config
-from tercet.config.ppo import RewardTerm
 from tercet.errors import named_by
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
@@ -71,7 +70,7 @@ def fingerprints(
             settings["ppo.stop"] = config.ppo.stop  # special tokens among them end the texts of these stages too
         if flat["machine.dtype"] == "auto":
             settings.pop("machine.dtype", None)
-        if stage in ("ppo", "evaluate") and any(term.kind == "classifier" for term in terms_of(config)):
+        if stage in ("ppo", "evaluate") and any(term.kind == "classifier" for term in config.terms.values()):
             settings["what classifiers read"] = _CLASSIFIERS
         if reward_callables and stage in ("ppo", "evaluate"):
             data["reward function"] = {
@@ -157,14 +156,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
-def terms_of(config: Config) -> list[RewardTerm]:
-    """Everything that the configuration names to give scores, but for the gold one."""
-    return [*config.ppo.rewards, *config.evaluation.judges.values()]
-
-
 def functions_of(config: Config) -> list[str]:
     """The Python functions that the configuration names."""
-    return [text for text in (*(term.function for term in terms_of(config)), config.evaluation.gold) if text]
+    return [text for text in (*(term.function for term in config.terms.values()), config.evaluation.gold) if text]
 
 
 def digest(value: Any) -> str:

@@ -190,10 +190,9 @@ class Pipeline:
 
     def _sampled_at_once(self, stage: str) -> tuple[str, int] | None:
         """The setting that says how many responses a stage samples together, if it samples any, and its value."""
-        rows = self.config.ppo.rollout_batch_size
         if stage == "evaluate":
-            return "evaluation.batch_size", self.config.evaluation.batch_size or rows
-        return ("ppo.rollout_batch_size", rows) if stage in ("reward", "ppo") else None
+            return "evaluation.batch_size", self.config.evaluation_batch
+        return ("ppo.rollout_batch_size", self.config.ppo.rollout_batch_size) if stage in ("reward", "ppo") else None
 
     def workshop(self, interrupt: Any) -> Any:
         """The machine, chosen where it says auto, and the base model."""
@@ -297,6 +296,8 @@ class Pipeline:
 
     def _tidy(self, stages: Sequence[str]) -> None:
         """Remove what a finished stage needs no longer, and what a process that was killed just before doing so left behind."""
+        from tercet.runtime.files import remove_tree
+
         for stage in stages:
             if self._done_path(stage).exists():
                 for checkpoints in ("checkpoints", "judge/checkpoints"):
@@ -304,7 +305,7 @@ class Pipeline:
         for unfinished in self.folder.glob(".report.html.*.tmp"):
             unfinished.unlink(missing_ok=True)
         for removed in self.folder.glob(".*.removed"):
-            shutil.rmtree(removed, ignore_errors=True)
+            remove_tree(removed)
 
     def _report_is_old(self, stages: Sequence[str]) -> bool:
         """Whether a stage has finished since the report was written, be it in a process that died before it could write one."""
@@ -324,8 +325,7 @@ class Pipeline:
     def _check_rewards(self) -> None:
         if self.config.data.prompts and not (self.config.ppo.rewards or self._callables):
             raise TercetError("ppo.rewards is empty: name a term, or call tercet.run(config, reward=function)")
-        terms = [*self.config.ppo.rewards, *self.config.evaluation.judges.values()]
-        uses_stage = any(term.kind == "stage" for term in terms)
+        uses_stage = any(term.kind == "stage" for term in self.config.terms.values())
         available = self.config.data.comparisons or self.config.reward.use
         if self.config.data.prompts and uses_stage and not available:
             raise TercetError(

@@ -30,16 +30,16 @@ def generate(folder: str | Path, prompts: Sequence[str], stages: Sequence[str] =
         raise TercetError(
             f"{folder}: its model from scratch is not there (pretrain/model): `tercet pretrain {folder}/config.yaml` makes it"
         )
-    if any(not prompt.isascii() and prompt.encode("utf-8", "replace").decode() != prompt for prompt in prompts):
-        raise TercetError("--prompt: it holds bytes that are no UTF-8 text")
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:
+        raise TercetError("--prompt: it holds bytes that are no UTF-8 text") from None
     shop = Pipeline(config.model_copy(update={"output": str(folder)})).workshop(Interrupt())
     sources = {"base": shop.base, "sft": shop.sft_source, "ppo": str(folder / "ppo/model")}
     usual, more = list(sources), {"best": str(folder / "ppo/best")} | config.evaluation.policies
     sources |= more
-    own = (
-        name for name, source in sources.items() if folder in Path(source).parents
-    )  # the others have been looked at before the run
-    missing = {name for name in own if not Path(sources[name]).exists()}
+    # What lies elsewhere was looked at before the run.
+    missing = [name for name, source in sources.items() if folder in Path(source).parents and not Path(source).exists()]
     there = [name for name in sources if name not in missing]
     unknown = [stage for stage in stages if stage not in there]
     if unknown:

@@ -106,10 +106,8 @@ def of_a_share(interval: tuple[float, float], share: float, count: int) -> tuple
     Wilson's. (Where all are ties, as of one policy with itself, there is nothing uncertain.) Source: Wilson 1927."""
     if share not in (0.0, 1.0):
         return interval
-    z2 = 1.96**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = 1.96 * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count)) / (1 + z2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    width = 1.96**2 / (count + 1.96**2)  # what Wilson's formula comes to at 0 and at 1
+    return (0.0, width) if share == 0 else (1 - width, 1.0)
 
 
 def length_controlled_win_rate(outcomes: Tensor, differences: Tensor, seed: int) -> tuple[float, float, float]:

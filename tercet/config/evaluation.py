@@ -55,13 +55,13 @@ class EvaluationConfig(Section):
         odd = next(
             (name for name in self.policies if not name.replace("_", "").replace("-", "").isalnum() or name in self.judges), None
         )
+        if odd is not None:
+            raise ValueError(f"policies: the name {odd!r} should be letters, digits, - and _, and no judge's name: rename it")
         judged = ("score", "kl", "length", "finished", "judge", "bag_of_words", "gold", *self.judges)
         columns = {f"{policy}_{figure}" for policy in ("base", "sft", "ppo", "best", *self.policies) for figure in judged}
         clash = next((name for name in self.policies if name in columns), None)
         if clash is not None:
             raise ValueError(f"policies: the name {clash!r} is that of a column of evaluation/samples.jsonl: rename it")
-        if odd is not None:
-            raise ValueError(f"policies: the name {odd!r} should be letters, digits, - and _, and no judge's name: rename it")
         return self
 
 

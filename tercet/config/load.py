@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from tercet.config.data import DataConfig
 from tercet.config.evaluation import CheckpointConfig, EvaluationConfig, MachineConfig
 from tercet.config.model import ModelConfig
-from tercet.config.ppo import PPOConfig
+from tercet.config.ppo import PPOConfig, RewardTerm
 from tercet.config.section import Path, Section, setting
 from tercet.config.training import PretrainConfig, RewardConfig, SFTConfig
 from tercet.errors import TercetError
@@ -45,6 +45,17 @@ class Config(Section):
         """How many tokens a model from scratch must have room for."""
         sampled = self.data.max_prompt_length + self.ppo.max_new_tokens
         return max(sampled, self.pretrain.max_length, self.sft.max_length, self.reward.max_length)
+
+    @property
+    def terms(self) -> dict[str, RewardTerm]:
+        """Everything that gives scores, but for the gold one, by its key."""
+        terms = {f"ppo.rewards[{place}]": term for place, term in enumerate(self.ppo.rewards)}
+        return terms | {f"evaluation.judges.{name}": term for name, term in self.evaluation.judges.items()}
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Responses that evaluation samples at once."""
+        return self.evaluation.batch_size or self.ppo.rollout_batch_size
 
     @model_validator(mode="before")
     @classmethod

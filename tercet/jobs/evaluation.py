@@ -131,7 +131,7 @@ def sampling_of(shop: Workshop) -> Sampling:
         config.seed,
         config.ppo.temperature,
         config.ppo.max_new_tokens,
-        config.evaluation.batch_size or config.ppo.rollout_batch_size,
+        config.evaluation_batch,
         config.evaluation.greedy,
         shop.machine.microbatch_tokens,
     )

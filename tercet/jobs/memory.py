@@ -207,7 +207,7 @@ def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest
         "sft": config.sft.batch_size,
         "reward": 2 * config.reward.batch_size,
         "ppo": config.ppo.minibatch,
-        "evaluate": config.evaluation.batch_size or config.ppo.rollout_batch_size,
+        "evaluate": config.evaluation_batch,
     }
     longest = {**stages, **{stage: response for stage in ("ppo", "evaluate") if stage in stages}}
     tokens = {stage: max(min(machine.microbatch_tokens, batches[stage] * text), text) for stage, text in longest.items()}

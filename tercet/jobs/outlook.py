@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from transformers import AutoConfig
 
 from tercet.algo.products import onednn_computes
 from tercet.config import Config
+from tercet.data.files import data_files
 from tercet.data.records import judge_split, split
 from tercet.data.template import Template
 from tercet.jobs.memory import GIB, Need, Shape, load_of, needs
@@ -205,10 +205,9 @@ def _counts(name: str, sources: Mapping[str, Any], config: Config) -> Iterator[C
             "leave it out of them",
         )
     path = getattr(config.data, name)
-    others = (
-        [file.name for file in sorted(Path(path).iterdir()) if _OTHER_SPLIT.match(file.name)] if os.path.isdir(path or "") else []
-    )
-    if others and any(file.name.startswith("train") for file in Path(path).iterdir()):
+    files = [file.name for file in data_files(path)] if os.path.isdir(path or "") else []
+    others = [file for file in files if _OTHER_SPLIT.match(file)]
+    if others and any(file.startswith("train") for file in files):
         yield Check(
             "warning",
             f"data.{name}: of that folder {others[0]} is read to train on, too: name the file with the training records, and that one as "

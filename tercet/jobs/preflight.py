@@ -3,7 +3,7 @@ templates, lengths. All of it are mistakes; what only deserves a warning is in j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.config import Config
-from tercet.config.ppo import RewardTerm
 from tercet.data.records import read_comparisons, read_demonstrations, read_prompts
 from tercet.data.template import Template, require_response
 from tercet.errors import named_by
@@ -250,7 +249,9 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase | None, ro
     _check_scorers(config, tokenizer, rows)
     _check_policies(config, tokenizer)
     trust = config.model.trust_remote_code
-    classifiers = {(str(term.model), term.label): key for key, term in reversed([*_terms(config)]) if term.kind == "classifier"}
+    classifiers = {
+        (str(term.model), term.label): key for key, term in reversed(config.terms.items()) if term.kind == "classifier"
+    }
     for (source, label), key in classifiers.items():
         with named_by(key):
             own = load_tokenizer(source, trust_remote_code=trust, needs_eos=False)
@@ -262,7 +263,7 @@ def _check_foreign(config: Config, tokenizer: PreTrainedTokenizerBase | None, ro
 
 
 def _check_scorers(config: Config, tokenizer: PreTrainedTokenizerBase | None, rows: int) -> None:
-    trust, uses_stage = config.model.trust_remote_code, any(term.kind == "stage" for _, term in _terms(config))
+    trust, uses_stage = config.model.trust_remote_code, any(term.kind == "stage" for term in config.terms.values())
     way_out = "a reward model with a tokenizer of its own belongs into ppo.rewards as {kind: classifier, model: ...}"
     for key, source in (("reward.use", config.reward.use if uses_stage else None), ("ppo.value_model", config.ppo.value_model)):
         if source is None:
@@ -322,12 +323,6 @@ def _check_sampling(source: str, model: PreTrainedModel) -> None:
             f"{gap:.2g} nats; at most {limit:g} are rounding): it carries states from token to token that are not in a key-value cache. "
             "Take a model of another architecture, such as llama"
         )
-
-
-def _terms(config: Config) -> Iterator[tuple[str, RewardTerm]]:
-    """Every source of scores by its key in the configuration."""
-    yield from ((f"ppo.rewards[{place}]", term) for place, term in enumerate(config.ppo.rewards))
-    yield from ((f"evaluation.judges.{name}", term) for name, term in config.evaluation.judges.items())
 
 
 def _check_same_ids(source: str, tokenizer: PreTrainedTokenizerBase, trust: bool, way_out: str) -> None:

@@ -44,24 +44,25 @@ def replace_folder(temporary: Path, final: Path) -> None:
     removed = _moved_aside(final)
     os.replace(temporary, final)
     sync(final.parent)
-    _remove(removed)
+    remove_tree(removed)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder, or what is left of one whose removal a kill cut short; nothing if there is none."""
-    _remove(_moved_aside(folder))
+    remove_tree(_moved_aside(folder))
 
 
 def _moved_aside(folder: Path) -> Path:
     """Take a folder's name away from it, so that a kill during the removal does not leave half a folder under that name."""
     removed = folder.with_name(f".{folder.name}.removed")
-    _remove(removed)
+    remove_tree(removed)
     if folder.exists():
         os.replace(folder, removed)
     return removed
 
 
-def _remove(path: Path) -> None:
+def remove_tree(path: Path) -> None:
+    """Remove a folder that nobody needs any longer, as far as that is possible."""
     if path.is_symlink():  # to a folder on another disk, whose contents are left there
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
