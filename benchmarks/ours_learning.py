@@ -12,8 +12,10 @@ from protocol import Stations
 
 from tercet.config.ppo import PPOConfig
 from tercet.generation.native import NativeGenerator
+from tercet.models.interpolation import interpolated
 from tercet.models.load import count_parameters, load_causal_lm, load_classifier, load_tokenizer
 from tercet.models.roles import Policy, ScoreModel
+from tercet.models.storage import parameters_of
 from tercet.runtime.distributed import World
 from tercet.runtime.machine import resolve
 from tercet.runtime.stage import StageRun
@@ -38,11 +40,14 @@ def main(folder: Path, settings: dict[str, object]) -> None:
     generator = NativeGenerator(policy, stop_ids=stop_ids, max_new_tokens=count, temperature=temperature)
     actors = Actors(policy, reference, value_model, generator, RewardModelScorer(reward, machine.microbatch_tokens))
     run = StageRun("ppo", Path(tempfile.mkdtemp()), World(), machine, 10**9, 1, counter="iteration")
+    start = parameters_of(policy.model, policy_folder)
+    assert start is not None
     stations = Stations(folder / "ours", float(settings["every"]), float(settings["seconds"]))  # type: ignore[arg-type, call-overload]
 
     def pause(iteration: int) -> dict[str, float]:
         def save(target: Path) -> None:
-            policy.full_precision().save_pretrained(target)
+            with interpolated(policy, start, config.interpolation):
+                policy.full_precision().save_pretrained(target)
 
         stations.pass_by(save)
         return {}

@@ -68,6 +68,8 @@ def fingerprints(
             settings["model.scratch.positions"] = config.positions
         if stage in ("pretrain", "sft") and config.ppo.stop:
             settings["ppo.stop"] = config.ppo.stop  # special tokens among them end the texts of these stages too
+        if settings.get("ppo.interpolation") == 1.0:
+            settings.pop("ppo.interpolation")  # runs from before there was such a setting are as they were
         if flat["machine.dtype"] == "auto":
             settings.pop("machine.dtype", None)
         if stage in ("ppo", "evaluate") and any(term.kind == "classifier" for term in config.terms.values()):

@@ -68,7 +68,7 @@ def rich_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     values["data"]["pretrain"] = values["data"]["sft"]  # the same words twice: the same tokenizer as the other policy's
     values["pretrain"] |= {"max_length": 32}
     values["reward"] |= {"batch_size": 128}
-    values["ppo"] |= {"iterations": 2, "evaluate_every": 1, "best_kl_budget": 1e6}
+    values["ppo"] |= {"iterations": 2, "evaluate_every": 1, "best_kl_budget": 1e6, "interpolation": 0.9}
     judges = {"mine": {"kind": "function", "function": function}}
     values["evaluation"] |= {"judges": judges, "gold": function, "group_by": "kind", "prompts": 20}
     values["evaluation"] |= {"policies": {"other": str(finished_run / "ppo/model")}, "best_of_prompts": 2, "best_of_samples": 8}

@@ -14,21 +14,28 @@ from tercet.algo.masks import at_least_float32
 from tercet.algo.products import head_centre, head_rows, linear_product, pieces, product_dtype, spare_rows, transposed_product
 
 
-def response_states(hidden: Tensor, prompt_lens: Tensor, max_response: int) -> Tensor:
+def response_states(hidden: Tensor, prompt_lens: Tensor, mask: Tensor) -> Tensor:
     """The hidden states that predict the response tokens: state t of a row is at index prompt_len - 1 + t of its text.
 
-    hidden (B, L, D), of texts `[prompt | response | pad]`; prompt_lens (B,) int64, at least 1; max_response: T. Returns
-    (B, T, D). Beyond the end of hidden the last state is repeated: only the response mask tells which states are real.
+    hidden (B, L, D), of texts `[prompt | response | pad]`; prompt_lens (B,) int64, at least 1; mask (B, T) bool, True where there is a
+    token. Returns (N, D), N = mask.sum(), in the mask's order.
     """
-    steps = torch.arange(max_response, device=hidden.device)
-    index = (prompt_lens[:, None] - 1 + steps).clamp(max=hidden.shape[1] - 1)
-    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+    steps = torch.arange(mask.shape[1], device=hidden.device)
+    return _states_at(hidden, (prompt_lens[:, None] - 1 + steps)[mask], mask.sum(1))
 
 
 def last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
     """The state at the last real token of each row, where a reward model reads its score: (B, L, D), (B,) int64 -> (B, D)."""
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    return hidden[rows, lengths - 1]
+    return _states_at(hidden, lengths - 1, torch.ones_like(lengths))
+
+
+def _states_at(hidden: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """The states (N, D) at index (N,) of the texts (B, L, D), of which the first counts (B,) are the first text's, and so on. Rows of a
+    matrix: gathering (B, T, D) and leaving out what is masked took ten times as long forwards and backwards (15 instead of 1.6 ms
+    for 16 texts of GPT-2)."""
+    starts = torch.arange(len(hidden), device=hidden.device) * hidden.shape[1]
+    rows = starts.repeat_interleave(counts, output_size=len(index))
+    return hidden.flatten(0, 1).index_select(0, rows + index)
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,16 @@ def token_logprobs(
     with_entropy: bool = False,
     chunk_elements: int = 8_000_000,
 ) -> tuple[Tensor, Tensor | None]:
-    """`logits_logprobs` of transform(states @ weight^T + bias), never holding more than chunk_elements logits at a time.
+    """`logits_logprobs` of transform(states @ weight^T + bias), never holding more than chunk_elements logits at a time (off the CPU
+    four times as many).
 
     states (N, D); targets (N,) int64; weight (V, D), bias (V,): the output layer. Of a layer that learns the backward pass finds as
     many logits as the weight has elements, and computes the others anew: memory does not grow with N x V. Returns as
     `logits_logprobs`.
     """
     _check(temperature)
+    if states.device.type != "cpu":
+        chunk_elements *= 4  # a GPU has no cache to fit, and waits for each chunk's targets
     entropies: list[Tensor] | None = [] if with_entropy else None
     count = len(states)
     spare = spare_rows(count)

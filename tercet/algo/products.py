@@ -127,8 +127,8 @@ def contiguous(x: Tensor) -> Tensor:
 
 def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
     """x (n, i) @ weight (o, i)^T + bias (o,) + onto (n, o) in the precision of x, by oneDNN where that is faster: in two halves where it
-    would give both to one thread, as it does with 768 to 1,280 rows and some 768 columns in bfloat16 (1,088 x 3,072 x 768 took 4.6 ms on
-    two threads, in halves 2.8; elsewhere halves took up to twice as long).
+    would give both to one thread, as it does in bfloat16 with 512 to 1,024 columns and rows from that number to twice as many (1,088 x
+    3,072 x 768 took 4.6 ms on two threads, in halves 2.8; halves of fewer or more rows took up to twice as long).
 
     onto: something small is added before the sum is rounded, or bfloat16 would lose it: onto products around 1, numbers of 1e-4 that were
     added afterwards changed 5 % of what they should."""
@@ -138,7 +138,8 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor 
             return F.linear(x, weight, bias)
         total = torch.addmm(onto, x, weight.t())
         return total if bias is None else total.add_(bias)
-    lopsided = 640 < len(x) <= 1280 and len(weight) <= 1024 and weight.numel() >= 2**19 and torch.get_num_threads() > 1
+    between = len(weight) <= len(x) <= 1280 and len(x) < 2 * len(weight) <= 2048
+    lopsided = between and weight.numel() >= 2**19 and torch.get_num_threads() > 1
     if lopsided and x.dtype is torch.bfloat16:
         halves = zip(x.chunk(2), (None, None) if onto is None else onto.chunk(2))
         return torch.cat([_by_onednn(part, weight, bias, added) for part, added in halves])
@@ -153,7 +154,7 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
         if height > width:
             return contiguous(_by_onednn(contiguous(right.t()), left.t(), None).t())
         return _by_onednn(contiguous(left.t()), right.t(), None)
-    large = left.dtype is torch.bfloat16 and height < width and height * width >= 2**20
+    large = left.device.type == "cpu" and left.dtype is torch.bfloat16 and height < width and height * width >= 2**20
     return (contiguous(left.t()) if large else left.t()) @ right
 
 

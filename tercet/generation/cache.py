@@ -54,13 +54,18 @@ class RoomyLayer(DynamicLayer):
         end = self._length + key_states.shape[2]
         room = room_for(end, self._capacity)
         if room > self._storage[0].shape[2]:
-            self._storage = [_widened(storage, room) for storage in self._storage]
+            self._storage = [_widened(storage, self._allocated(room)) for storage in self._storage]
         for storage, states in zip(self._storage, (key_states, value_states)):
             storage[:, :, self._length : end] = states
         self._length = end
         held = self._look()
-        keys, values = self._storage if self._gives_all else held
+        keys, values = (storage[:, :, :room] for storage in self._storage) if self._gives_all else held
         return keys, values
+
+    def _allocated(self, room: int) -> int:
+        """Tokens to take storage for. Off the CPU all at once: of each size that is outgrown CUDA's allocator keeps the memory, and
+        can give it to nothing larger."""
+        return room if self.device.type == "cpu" else self._capacity
 
     def _take_apart(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
         """Give each text its row, and zeros to pads: what happens to stand there might not be finite."""

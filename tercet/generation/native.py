@@ -91,9 +91,10 @@ class NativeGenerator:
                     logits = self._next_logits(inputs, _seen(mask, width + step), positions, cache)
                 uniform = None if uniforms is None else uniforms[rows.to(uniforms.device).clamp(max=nowhere - 1), step]
                 tokens, token_logprobs = inverse_cdf(logits, uniform, self._temperature)
-                responses[rows, step], logprobs[rows, step], lengths[rows] = tokens, token_logprobs.to(wide), step + 1
+                responses[rows, step], logprobs[rows, step] = tokens, token_logprobs.to(wide)
+                lengths.index_fill_(0, rows, step + 1)
                 ended = self._ended(tokens, responses, rows, step)
-                finished[rows[ended]] = True
+                finished[rows] = ended  # (an index by a mask, or a number to write, would wait for a GPU)
                 rows = rows.masked_fill(ended, nowhere)
                 if bool(ended.any()):
                     kept = _close_ranks(rows == nowhere)

@@ -20,7 +20,7 @@ from tercet.runtime.progress import Bar
 from tercet.scoring.bag_of_words import BagOfWords
 from tercet.scoring.base import Scorer
 from tercet.scoring.function import FunctionScorer, load_function
-from tercet.stages.evaluate import Journey, Judges, Sampling, compare, draw, groups_of, respond, surprisal
+from tercet.stages.evaluate import Journey, Judges, Sampling, answers, compare, draw, groups_of, judged, surprisal
 from tercet.stages.rollout import PromptSet
 
 Figures = dict[str, Any]
@@ -29,18 +29,27 @@ MOST_OF_N = 64  # best-of-n is given for n up to this
 
 def run_evaluate(shop: Workshop) -> Figures:
     """Base, SFT, PPO and other policies on held-out prompts; best-of-n from SFT -> evaluation/*.json."""
-    config = shop.config
-    judges, sampling, prompts = judges_of(shop, shop.reward()), sampling_of(shop), shop.prompts(held_out=True)
-    names = list(judges.others)
+    config, sources = shop.config, policies_of(shop)
+    sampling, prompts = sampling_of(shop), shop.prompts(held_out=True)
     groups = groups_of(prompts, config.evaluation.group_by)
     main = main_places(config, prompts)
     chosen = main[: config.evaluation.best_of_prompts]
-    sources = policies_of(shop)
-    with Bar(
-        "evaluate", len(sources) * len(prompts) + len(chosen) * config.evaluation.best_of_samples, silent=not shop.world.is_main
-    ) as bar:
-        responses = {name: _responses(shop, name, source, prompts, judges, sampling, bar) for name, source in sources.items()}
+    total = 2 * len(sources) * len(prompts) + len(chosen) * config.evaluation.best_of_samples
+    with Bar("evaluate", total, silent=not shop.world.is_main) as bar:
+        # One whole model at a time, so first those that do not stand on the backbone of what judges them.
+        order = sorted(sources, key=lambda name: shop.on_backbone(sources[name]))
+        if not shop.on_backbone(sources[order[0]]):
+            shop.leave_backbone()
+        sampled = {name: _answers(shop, name, sources[name], prompts, sampling, bar) for name in order}
+        judges = judges_of(shop, shop.reward())
+        names = list(judges.others)
+        responses = {
+            name: _judged(shop, name, sources[name], sampled.pop(name), prompts, judges, sampling, bar) for name in sources
+        }
         draws = _draws(shop, chosen, prompts, judges, sampling, bar)
+    del judges
+    if not shop.on_backbone(shop.base):
+        shop.leave_backbone()
     release_free_memory()
     base = shop.load_policy(shop.base, frozen=True)
     for rows in responses.values():
@@ -86,19 +95,32 @@ def main_places(config: Config, prompts: PromptSet) -> list[int]:
     return groups_of(prompts, config.evaluation.group_by)[wanted] if wanted is not None else list(range(len(prompts)))
 
 
-def _responses(
-    shop: Workshop, name: str, source: str, prompts: PromptSet, judges: Judges, sampling: Sampling, bar: Bar
-) -> list[Row]:
+def _answers(shop: Workshop, name: str, source: str, prompts: PromptSet, sampling: Sampling, bar: Bar) -> list[Row]:
     """A policy's responses; those that an interrupted evaluation has left are taken as they are."""
-    kept = Kept(shop, name, source)
+    kept = Kept(shop, f"{name}.answers", source)  # no policy has a point in its name
     rows = kept.rows()
     if len(rows) == len(prompts):
         bar.advance_by(len(rows))
         return rows
     release_free_memory()  # what sampling the policy before has left
-    policy, ref_policy = shop.load_policy(source, frozen=True), shop.load_policy(shop.sft_source, frozen=True)
+    policy = shop.load_policy(source, frozen=True)
     journey = Journey(rows, kept.keep, bar.advance_by)
-    return respond(policy, ref_policy, shop.generator(policy), prompts, judges, sampling, shop.world, journey=journey)
+    return answers(policy, shop.generator(policy), prompts, sampling, shop.world, journey=journey)
+
+
+def _judged(
+    shop: Workshop, name: str, source: str, rows: list[Row], prompts: PromptSet, judges: Judges, sampling: Sampling, bar: Bar
+) -> list[Row]:
+    """The same with scores and KL."""
+    kept = Kept(shop, name, source)
+    before = kept.rows()
+    if len(before) == len(rows):
+        bar.advance_by(len(rows))
+        return before
+    release_free_memory()
+    reference = shop.load_policy(shop.sft_source, frozen=True)
+    journey = Journey(before, kept.keep, bar.advance_by)
+    return judged(rows, reference, prompts, judges, sampling, shop.world, journey=journey)
 
 
 def _draws(shop: Workshop, places: Sequence[int], prompts: PromptSet, judges: Judges, sampling: Sampling, bar: Bar) -> list[Row]:

@@ -86,7 +86,8 @@ class Load:
 
     dtype of matrix products; adapter: its rank, None for full training; tokens: of the largest micro-batch of each stage, padding
     counted; longest: text of each stage, in tokens; rows, row_tokens: responses that are sampled together, and the longest text of
-    them; recompute: whether layers keep their inputs alone.
+    them; recompute: whether layers keep their inputs alone; evaluated: responses that evaluation samples together, where they are others;
+    interpolated: whether PPO's policy is in memory twice when it is evaluated, once in the room of its gradients.
     """
 
     dtype: torch.dtype
@@ -97,6 +98,7 @@ class Load:
     row_tokens: int
     recompute: bool = False
     evaluated: int | None = None
+    interpolated: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,21 +127,21 @@ def needs(shape: Shape, load: Load) -> list[Need]:
 
 def _need(stage: str, shape: Shape, load: Load) -> Need:
     adapter = None if stage == "pretrain" else load.adapter
-    frozen = {"ppo": 1, "evaluate": 2}.get(stage, 0)  # policies, and as many scorers
+    policies, scorers = {"ppo": (1, 1), "evaluate": (1, 2)}.get(stage, (0, 0))  # that learn nothing
     trained = {"ppo": 2, "evaluate": 0}.get(stage, 1)
     working = _activations(stage, shape, load) if trained else 0
     rows = load.evaluated if stage == "evaluate" and load.evaluated else load.rows
     sampling = _sampling(shape, load, rows) if stage in ("reward", "ppo", "evaluate") else 0
     if adapter is None:
         learned = _wide(load.dtype) * shape.parameters
-        weights = frozen * (_frozen(shape, load.dtype, head=True) + _frozen(shape, load.dtype, head=False)) + trained * learned
+        frozen = policies * _frozen(shape, load.dtype, head=True) + scorers * _frozen(shape, load.dtype, head=False)
+        weights = frozen + trained * learned
     else:
         learned = _wide(load.dtype) * adapter * shape.adapter
-        # The backbone; in evaluation also a policy of another checkpoint, such as the base model.
-        weights = max(1, frozen) * _frozen(shape, load.dtype, head=True) + (trained + (stage == "ppo")) * learned
+        weights = _frozen(shape, load.dtype, head=True) + (trained + (stage == "ppo")) * learned  # the backbone's, and adapters
         # At the stage's end a merged model is written one tensor at a time; the embedding is the largest.
         working = max(int(ADAPTER_GAPS * working), 2 * 4 * shape.head)
-    if sampling and (adapter is not None or not trained):
+    if sampling and (adapter is not None or not trained or load.interpolated):
         sampling += _packed(shape, load.dtype)
     # Gradients of one role are in memory at a time; two moments for each role that learns.
     training = trained * 2 * learned + (learned if trained else 0)
@@ -214,4 +216,5 @@ def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest
     adapter = config.model.adapter.rank if config.model.adapter is not None else None
     recompute = config.machine.activation_checkpointing
     rows, evaluated = config.ppo.rollout_batch_size, config.evaluation.batch_size
-    return Load(machine.dtype, adapter, tokens, longest, rows, response, recompute, evaluated)
+    interpolated = config.ppo.interpolation < 1 and adapter is None
+    return Load(machine.dtype, adapter, tokens, longest, rows, response, recompute, evaluated, interpolated)

@@ -137,22 +137,25 @@ def run_ppo(shop: Workshop) -> Figures:
         return held_out, main_places(shop.config, held_out), judges_of(shop, actors.scorer)
 
     def evaluate(iteration: int) -> Figures:
-        held_out, places, judges = judging()
-        actors.generator.sync(version=iteration)
-        sampling = sampling_of(shop)
-        rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling, shop.world, places=places)
-        columns = {name: [row[name] for row in rows] for name in ("score", "kl", *judges.others)}
-        if shop.world.is_main:
-            evaluations.append({"iteration": iteration, **columns})
-        means = {name: sum(values) / len(values) for name, values in columns.items()}
-        figures = {f"eval_{name}" if name in ("score", "kl") else name: value for name, value in means.items()}
-        by = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "eval_score")
-        if shop.world.any(shop.world.is_main and is_best(figures, run.metrics.read(), by, config.best_kl_budget)):
-            shop.write_policy(policy, shop.folder / "ppo/best", f"PPO by Tercet, iteration {iteration}: the highest {by} score.")
+        with shop.interpolated(policy):
+            held_out, places, judges = judging()
+            actors.generator.sync(version=iteration)
+            sampling = sampling_of(shop)
+            rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling, shop.world, places=places)
+            columns = {name: [row[name] for row in rows] for name in ("score", "kl", *judges.others)}
             if shop.world.is_main:
-                best = {"iteration": iteration, "kl": means["kl"], "by": by.removeprefix("eval_"), "value": figures[by]}
-                write_json(shop.folder / "ppo/best.json", best)
-        return figures
+                evaluations.append({"iteration": iteration, **columns})
+            means = {name: sum(values) / len(values) for name, values in columns.items()}
+            figures = {f"eval_{name}" if name in ("score", "kl") else name: value for name, value in means.items()}
+            by = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "eval_score")
+            if shop.world.any(shop.world.is_main and is_best(figures, run.metrics.read(), by, config.best_kl_budget)):
+                shop.write_policy(
+                    policy, shop.folder / "ppo/best", f"PPO by Tercet, iteration {iteration}: the highest {by} score."
+                )
+                if shop.world.is_main:
+                    best = {"iteration": iteration, "kl": means["kl"], "by": by.removeprefix("eval_"), "value": figures[by]}
+                    write_json(shop.folder / "ppo/best.json", best)
+            return figures
 
     metrics = train_ppo(
         run,
@@ -163,9 +166,10 @@ def run_ppo(shop: Workshop) -> Figures:
         evaluate=evaluate,
         second_round=config.policy is not None,
     )
-    shop.write_policy(
-        policy, shop.folder / "ppo/model", "PPO against a reward model with a KL penalty to the SFT policy, by Tercet."
-    )
+    with shop.interpolated(policy):
+        shop.write_policy(
+            policy, shop.folder / "ppo/model", "PPO against a reward model with a KL penalty to the SFT policy, by Tercet."
+        )
     shop.write_scorer(value_model, shop.folder / "ppo/value", "The value model of PPO, for a next round, by Tercet.")
     figures: Figures = {f"ppo.train_{name}": metrics[name] for name in ("score", "kl", "explained_variance") if name in metrics}
     figures |= known
@@ -176,9 +180,11 @@ def run_ppo(shop: Workshop) -> Figures:
 
 
 def _known_limits(shop: Workshop) -> dict[str, float]:
-    """What PPO's metrics are held against: the KL budget, and the range of scores of texts such as the reward model was trained on."""
+    """What PPO's metrics are held against: the KL budget, and the range of scores of texts such as the reward model was trained on; and
+    how far the policies go that are evaluated."""
     config = shop.config.ppo
     found = {"ppo.kl_budget": config.best_kl_budget} if config.best_kl_budget is not None else {}
+    found |= {"ppo.interpolation": config.interpolation} if config.interpolation < 1 else {}
     card = shop.folder / "reward/card.json"
     alone = [(term.kind, term.weight) for term in config.rewards] == [("stage", 1.0)] and shop.config.reward.use is None
     if alone and card.exists():

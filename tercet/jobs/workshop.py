@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.config import Config
@@ -20,6 +21,7 @@ from tercet.data.records import read_prompts, sides
 from tercet.data.template import Template, response_text
 from tercet.generation.native import NativeGenerator
 from tercet.models.adapters import Backbone, Rank
+from tercet.models.interpolation import interpolated
 from tercet.models.kernels import recompute_activations
 from tercet.models.load import (
     check_vocabulary,
@@ -33,6 +35,7 @@ from tercet.models.load import (
     stop_token_ids,
 )
 from tercet.models.roles import Policy, ScoreModel
+from tercet.models.storage import parameters_of
 from tercet.runtime.distributed import World
 from tercet.runtime.files import folder_beside, replace_folder
 from tercet.runtime.machine import Machine, release_free_memory
@@ -99,11 +102,22 @@ class Workshop:
         """The frozen model that the adapters of a stage share."""
         assert self.config.model.adapter is not None
         if self._backbone is None or self._backbone.source != source:
-            self._backbone = None  # that of another stage goes before this one comes
+            self.leave_backbone()  # that of another stage goes before this one comes
             size = Rank(self.config.model.adapter.rank, self.config.model.adapter.alpha)
             load, trust = functools.partial(self._causal_lm, source), self.config.model.trust_remote_code
             self._backbone = Backbone(source, load, self.machine.dtype, size, trust_remote_code=trust)
         return self._backbone
+
+    def leave_backbone(self) -> None:
+        """Let it go with the last role that stands on it."""
+        self._backbone = None
+
+    def on_backbone(self, source: str) -> bool:
+        """Whether a frozen policy is the backbone of the SFT policy's adapters, alone or with an adapter that this run has trained."""
+        if self.config.model.adapter is None:
+            return False
+        adapter = adapter_folder(Path(source))
+        return source == self.sft_source or (self.folder in adapter.parents and adapter.exists())
 
     def load_policy(self, source: str, *, frozen: bool = False, dropout: float = 0.0, whole: bool = False) -> Policy:
         """A policy to train, or frozen. With model.adapter it shares a backbone, unless `whole`."""
@@ -112,10 +126,9 @@ class Workshop:
                 return self._to_train(self.backbone(source).policy(seed=self.config.seed).eval())
             if source == self.sft_source:
                 return self.backbone(source).reference
-            adapter = adapter_folder(Path(source))
-            if self.folder in adapter.parents and adapter.exists():
+            if self.on_backbone(source):
                 # What was trained: of the merged checkpoint, rounded to bfloat16, a small adapter may be lost.
-                policy = self.backbone(self.sft_source).policy(adapter).eval()
+                policy = self.backbone(self.sft_source).policy(adapter_folder(Path(source))).eval()
                 policy.freeze()
                 return policy
         policy = Policy(self._causal_lm(source, dropout, half=self._half(frozen)), self.machine.dtype).eval()
@@ -129,6 +142,17 @@ class Workshop:
             return self._to_train(policy)
         policy.freeze()
         return policy
+
+    def interpolated(self, policy: Policy) -> contextlib.AbstractContextManager[None]:
+        """PPO's policy as it is evaluated and saved: ppo.interpolation of the way from what it began as."""
+        source = self.config.ppo.policy or self.sft_source
+
+        @functools.cache
+        def start() -> Callable[[str], Tensor]:
+            found = parameters_of(policy.model, source)
+            return found or dict(self._causal_lm(source).named_parameters()).__getitem__
+
+        return interpolated(policy, lambda name: start()(name), self.config.ppo.interpolation)
 
     def _to_train(self, role: Role) -> Role:
         if self.config.machine.activation_checkpointing and not recompute_activations(role.model):

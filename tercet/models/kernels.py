@@ -68,7 +68,8 @@ class _OneDNNGELU(torch.autograd.Function):
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """Let the linear layers of a model on a CPU multiply by oneDNN where that is faster, and in the shapes that it is fast at."""
+    """Let the linear layers of a model multiply on a CPU by oneDNN where that is faster, and in the shapes that it is fast at; and under
+    bfloat16 anywhere without rounded weights in memory from the forward pass to the backward pass, as autocast has them."""
     for module in model.modules():
         if type(module) in _FAST:
             module.__class__ = _FAST[type(module)]

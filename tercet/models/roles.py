@@ -44,8 +44,7 @@ class _Role(nn.Module):
                 fuse_gates(self.model.base_model)
             self._packs = use_packed_attention(self.model) and _is_indifferent_to_packing(self.model.base_model)
         self._window = attention_window(self.model)
-        if self.model.device.type == "cpu":
-            use_fast_products(self.model.base_model)
+        use_fast_products(self.model.base_model)
 
     @property
     def sees_all(self) -> bool:
@@ -111,10 +110,10 @@ class Policy(_Role):
         with self.autocast():
             if self.transform is None:
                 every = self.model(input_ids=sequences.input_ids, use_cache=False).logits
-                picked = response_states(every, sequences.prompt_lens, mask.shape[1])[mask]
+                picked = response_states(every, sequences.prompt_lens, mask)
                 logprobs, entropy = logits_logprobs(picked, targets[mask], temperature=temperature, with_entropy=with_entropy)
             else:
-                picked = response_states(self.hidden(sequences), sequences.prompt_lens, mask.shape[1])[mask]
+                picked = response_states(self.hidden(sequences), sequences.prompt_lens, mask)
                 weight, bias = self.head.weight, self.head.bias
                 options: Any = {"temperature": temperature, "transform": self.transform, "with_entropy": with_entropy}
                 logprobs, entropy = token_logprobs(picked, targets[mask], weight, bias, **options)
@@ -150,7 +149,7 @@ class ScoreModel(_Role):
             hidden = self.hidden(sequences)
         if per_token:
             mask = sequences.response_mask
-            states = response_states(hidden, sequences.prompt_lens, mask.shape[1])[mask]
+            states = response_states(hidden, sequences.prompt_lens, mask)
             return _spread(self._score(states), mask)
         return self._score(last_states(hidden, sequences.lengths))
 
@@ -266,7 +265,9 @@ def _check_score(model: PreTrainedModel, head: nn.Linear) -> None:
     expected = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state[:, -1])
     own = model(input_ids=probe, use_cache=False).logits
     model.train(was_training)
-    if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+    # In half precision a GPU may multiply one state and four by kernels that add, and round, in another order.
+    rtol, atol = (2e-2, 1e-3) if torch.is_autocast_enabled(model.device.type) else (1e-3, 1e-5)
+    if own.shape != expected.shape or not torch.allclose(own, expected, rtol=rtol, atol=atol, equal_nan=True):
         raise TercetError(
             f"{model.config.name_or_path or 'the reward model'} ({type(model).__name__}) does not read its score at the last token: "
             "it cannot serve as reward or value model; use it in ppo.rewards as {kind: classifier, model: ...}"

@@ -70,6 +70,15 @@ def saves_piecewise(
     return True
 
 
+def parameters_of(model: PreTrainedModel, source: str) -> Callable[[str], Tensor] | None:
+    """What gives each parameter of a model, by its name there, as the checkpoint `source` has it, one in memory at a time; None if the
+    checkpoint has other names for them."""
+    places = _places(model, source)
+    if any(name not in places for name, _ in model.named_parameters()) or _ties_differ(model, places):
+        return None
+    return lambda name: _tensor(places[name][1], places[name][0])
+
+
 @torch.no_grad()
 def reads_piecewise(model: PreTrainedModel, source: str, dtypes: Callable[[Tensor], torch.dtype]) -> bool:
     """Give a model whose parameters are on the meta device those of the checkpoint `source`, each in dtypes(parameter): no file is in

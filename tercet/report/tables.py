@@ -90,7 +90,11 @@ def comparison(run: RunData) -> Table | None:
         return None
     head = [POLICY_NAMES.get(name, plain(name, 40)) for name in policies]
     came = "; SFT is the model as it came: there were no demonstrations" if run.policies and "base" not in run.policies else ""
-    return Table(f"On {on_prompts(run)}{came}", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
+    way = run.value("ppo.interpolation")
+    part = (
+        "" if way is None else f"; PPO is {percent(way)} of the way from SFT to the policy that was trained (ppo.interpolation)"
+    )
+    return Table(f"On {on_prompts(run)}{came}{part}", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
 
 
 def _of_policy(run: RunData, policy: str, key: str) -> float | None:

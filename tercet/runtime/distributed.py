@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tercet.errors import TercetError
+
 
 class World:
     """This process among its equals: `rank` of `size`."""
@@ -31,7 +33,7 @@ class World:
         if not dist.is_initialized():
             on_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
             if on_cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what "cuda" means in this process
+                _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")  # counts and lists are on the CPU
             atexit.register(_leave)
         return World(dist.get_rank(), dist.get_world_size())
@@ -90,6 +92,17 @@ class World:
         """Something for each row of a batch, in the batch's order, from what each rank has for its `own_rows`; on every rank."""
         parts = self.gather(own)
         return [parts[row % self.size][row // self.size] for row in range(sum(map(len, parts)))]
+
+
+def _take_gpu(number: int) -> None:
+    """Let "cuda" mean this GPU in this process."""
+    try:
+        torch.cuda.set_device(number)
+    except RuntimeError as error:
+        raise TercetError(
+            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', 'more')} processes on this machine, but there is no GPU number {number} "
+            f"({str(error).splitlines()[0]}): start as many as there are GPUs (--nproc-per-node), or set machine.device: cpu"
+        ) from None
 
 
 def _leave() -> None:

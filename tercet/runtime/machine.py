@@ -34,12 +34,14 @@ class Machine:
     microbatch_tokens: int
 
     def apply(self) -> None:
-        """Make this process compute so, deterministically."""
+        """Make this process compute so, deterministically; on CUDA but for kernels that have no such kind, such as attention's gradient."""
         torch.set_num_threads(self.threads)
         _settle_vector_functions()
         _keep_freed_memory()
         _keep_few_kernels()
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # cuDNN's attention builds a plan for every new shape, a second each, and texts bring ever new ones.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Else every new tensor is filled with NaN first: a pass over memory, against bugs in torch alone.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -138,7 +140,7 @@ def release_free_memory() -> None:
     A process that never had WORTH_RELEASING_MB, of which libraries are half, is left alone: it would win little, and the garbage
     collector takes a quarter of a second to walk through the libraries' objects, twenty times a run.
     """
-    if peak_memory_mb() < WORTH_RELEASING_MB:
+    if peak_memory_mb() < WORTH_RELEASING_MB and not torch.cuda.is_initialized():  # there a process's own memory says nothing
         return
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -182,7 +184,10 @@ def out_of_memory_explained(stage: str, microbatch_tokens: int, sampled: tuple[s
         ) from error
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory"),
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def _device(name: str) -> torch.device:
@@ -191,6 +196,8 @@ def _device(name: str) -> torch.device:
         return torch.device(available[0] if available else "cpu")
     try:
         device = torch.device(name)
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise TercetError(f"machine.device: {name} is one device, but torchrun started several processes: say {device.type}")
         if device.type == "cuda" and device.index is None:  # as World.start does: a rank must not touch another's GPU
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.zeros(1, device=device)

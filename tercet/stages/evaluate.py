@@ -55,6 +55,69 @@ class Journey:
 
 
 @torch.no_grad()
+def answers(
+    policy: Policy,
+    generator: Generator,
+    prompts: PromptSet,
+    sampling: Sampling,
+    world: World | None = None,
+    *,
+    places: Sequence[int] | None = None,
+    journey: Journey | None = None,
+) -> list[Row]:
+    """One response to each of the prompts at `places` (all by default): its token ids, length, whether it finished, entropy, and the
+    log-probability of each token ("logprobs").
+
+    Each rank works on its own rows; all of them get the whole list, in the order of `places`.
+    """
+    world, journey = world or World(), journey or Journey()
+    rows = list(journey.before)
+    journey.done(len(rows))
+    for own in _batches(range(len(prompts)) if places is None else places, len(rows), sampling.batch_size, world):
+        sequences = _sampled(generator, prompts, sampling, own)
+        batch = _rows(sequences, own)
+        for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
+            chosen = sequences.select(part)
+            logprobs, entropy = policy(chosen, temperature=sampling.temperature, with_entropy=True)
+            assert entropy is not None
+            entropies = (entropy.sum(1) / chosen.response_lens.clamp(min=1)).tolist()
+            for row, values, mean_entropy in zip(part, logprobs.tolist(), entropies):
+                batch[row] |= {"logprobs": values[: batch[row]["length"]], "entropy": mean_entropy}
+        rows += _together(batch, world, journey)
+    return rows
+
+
+@torch.no_grad()
+def judged(
+    rows: Sequence[Row],
+    ref_policy: Policy,
+    prompts: PromptSet,
+    judges: Judges,
+    sampling: Sampling,
+    world: World | None = None,
+    *,
+    journey: Journey | None = None,
+) -> list[Row]:
+    """The rows of `answers` with their text, score, other judges' scores and KL to the reference, without log-probabilities."""
+    world, journey = world or World(), journey or Journey()
+    found = list(journey.before)
+    journey.done(len(found))
+    for own in _batches(range(len(rows)), len(found), sampling.batch_size, world):
+        batch = [rows[i] for i in own]
+        sequences = _sequences(batch, prompts).to(ref_policy.device)
+        scored = _scored(sequences, batch, prompts, judges)
+        for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
+            chosen = sequences.select(part)
+            ref_logprobs, _ = ref_policy(chosen, temperature=sampling.temperature)
+            logprobs = torch.zeros_like(ref_logprobs)
+            for line, row in enumerate(part):
+                logprobs[line, : batch[row]["length"]] = torch.tensor(batch[row]["logprobs"], dtype=logprobs.dtype)
+            for row, kl in zip(part, sequence_kl(k1(logprobs, ref_logprobs), chosen.response_mask).tolist()):
+                scored[row] = _without(scored[row], "logprobs") | {"kl": kl}
+        found += _together(scored, world, journey)
+    return found
+
+
 def respond(
     policy: Policy,
     ref_policy: Policy,
@@ -65,29 +128,10 @@ def respond(
     world: World | None = None,
     *,
     places: Sequence[int] | None = None,
-    journey: Journey | None = None,
 ) -> list[Row]:
-    """One response to each of the prompts at `places` (all by default): its text, score, other judges' scores, KL to the reference,
-    length, entropy, token ids.
-
-    Each rank works on its own rows; all of them get the whole list, in the order of `places`.
-    """
-    world, journey = world or World(), journey or Journey()
-    rows = list(journey.before)
-    journey.done(len(rows))
-    for own in _batches(range(len(prompts)) if places is None else places, len(rows), sampling.batch_size, world):
-        sequences, batch = _answer(generator, prompts, judges, sampling, own)
-        for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
-            chosen = sequences.select(part)
-            logprobs, entropy = policy(chosen, temperature=sampling.temperature, with_entropy=True)
-            ref_logprobs, _ = ref_policy(chosen, temperature=sampling.temperature)
-            assert entropy is not None
-            kl = sequence_kl(k1(logprobs, ref_logprobs), chosen.response_mask).tolist()
-            entropies = (entropy.sum(1) / chosen.response_lens.clamp(min=1)).tolist()
-            for row, divergence, mean_entropy in zip(part, kl, entropies):
-                batch[row] |= {"kl": divergence, "entropy": mean_entropy}
-        rows += _together(batch, world, journey)
-    return rows
+    """`answers`, `judged` at once, where all models are in memory anyway."""
+    rows = answers(policy, generator, prompts, sampling, world, places=places)
+    return judged(rows, ref_policy, prompts, judges, sampling, world)
 
 
 @torch.no_grad()
@@ -112,7 +156,8 @@ def draw(
     numbered = [(place, number) for number in range(count) for place in places]
     for own in _batches(range(len(numbered)), len(rows), sampling.batch_size, world):
         own_places, draws = [numbered[i][0] for i in own], [numbered[i][1] for i in own]
-        _, batch = _answer(generator, prompts, judges, sampling, own_places, draws)
+        sequences = _sampled(generator, prompts, sampling, own_places, draws)
+        batch = _scored(sequences, _rows(sequences, own_places), prompts, judges)
         scored = [{"draw": number, **_without(row, "response", "ids")} for number, row in zip(draws, batch)]
         rows += _together(scored, world, journey)
     return rows
@@ -128,9 +173,8 @@ def surprisal(
     """
     world = world or World()
     own = world.own_rows(len(rows))
-    texts = [TokenRow((*prompts.ids[rows[i]["place"]], *rows[i]["ids"]), len(prompts.ids[rows[i]["place"]])) for i in own]
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(texts)
-    sequences = Sequences.from_rows(texts).to(base.device)
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(own)
+    sequences = Sequences.from_rows([_text(rows[i], prompts) for i in own]).to(base.device)
     for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
         chosen = sequences.select(part)
         logprobs, _ = base(chosen, temperature=1.0)
@@ -198,27 +242,42 @@ def groups_of(prompts: PromptSet, field: str | None) -> dict[str, list[int]]:
     return groups
 
 
-def _answer(
-    generator: Generator,
-    prompts: PromptSet,
-    judges: Judges,
-    sampling: Sampling,
-    places: Sequence[int],
-    draws: Sequence[int] | None = None,
-) -> tuple[Sequences, list[Row]]:
-    """Sample a response for each place and let every judge score it. draws: the number of the draw, where a prompt has several."""
+def _sampled(
+    generator: Generator, prompts: PromptSet, sampling: Sampling, places: Sequence[int], draws: Sequence[int] | None = None
+) -> Sequences:
+    """A response for each place. draws: the number of the draw, where a prompt has several."""
     numbers = None
     if draws is not None or not sampling.greedy:
         apart = torch.tensor([number * _DRAWS_APART + place for place, number in zip(places, draws or [0] * len(places))])
         numbers = uniforms(sampling.seed, "evaluation", int(draws is not None), apart, sampling.max_new_tokens)
-    sequences = generator.sample([list(prompts.ids[place]) for place in places], numbers)
-    texts = prompts.texts_of(sequences, places)
+    return generator.sample([list(prompts.ids[place]) for place in places], numbers)
+
+
+def _rows(sequences: Sequences, places: Sequence[int]) -> list[Row]:
+    """What is known of responses to the prompts at `places` before anyone judges them."""
+    found = zip(places, sequences.response_ids.tolist(), sequences.response_lens.tolist(), sequences.finished.tolist())
+    return [{"place": place, "length": length, "finished": ended, "ids": ids[:length]} for place, ids, length, ended in found]
+
+
+def _sequences(rows: Sequence[Row], prompts: PromptSet) -> Sequences:
+    """The texts of such rows."""
+    sequences = Sequences.from_rows([_text(row, prompts) for row in rows])
+    sequences.finished = torch.tensor([row["finished"] for row in rows], dtype=torch.bool)
+    return sequences
+
+
+def _text(row: Row, prompts: PromptSet) -> TokenRow:
+    prompt = prompts.ids[row["place"]]
+    return TokenRow((*prompt, *row["ids"]), len(prompt))
+
+
+def _scored(sequences: Sequences, rows: Sequence[Row], prompts: PromptSet, judges: Judges) -> list[Row]:
+    """The rows with their text and every judge's score."""
+    texts = prompts.texts_of(sequences, [row["place"] for row in rows])
     columns: dict[str, list[Any]] = {"score": judges.score.score(sequences, texts).tolist()}
     columns |= {name: scorer.score(sequences, texts).tolist() for name, scorer in judges.others.items()}
-    ids, lengths = sequences.response_ids.tolist(), sequences.response_lens.tolist()
-    columns |= {"place": list(places), "response": list(texts.responses), "length": lengths}
-    columns |= {"finished": sequences.finished.tolist(), "ids": [row[:length] for row, length in zip(ids, lengths)]}
-    return sequences, [dict(zip(columns, values)) for values in zip(*columns.values())]
+    columns["response"] = list(texts.responses)
+    return [row | dict(zip(columns, values)) for row, values in zip(rows, zip(*columns.values()))]
 
 
 def _batches(places: Sequence[int], done: int, size: int, world: World) -> Iterator[list[int]]:

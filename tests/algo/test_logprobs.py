@@ -22,8 +22,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def test_response_states_by_hand() -> None:
     hidden = torch.arange(10.0).reshape(2, 5, 1)
-    states = response_states(hidden, torch.tensor([1, 3]), 3)
-    assert states.squeeze(-1).tolist() == [[0, 1, 2], [7, 8, 9]]
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    states = response_states(hidden, torch.tensor([1, 3]), mask)
+    assert states.squeeze(-1).tolist() == [0, 1, 2, 7, 8]
 
 
 @settings(deadline=None, max_examples=40)
@@ -33,12 +34,10 @@ def test_state_of_a_response_token_is_the_one_before_it(rows: list[tuple[int, in
     width = max(prompt + response for prompt, response in rows) + extra
     hidden = torch.arange(width, dtype=torch.float64).expand(len(rows), -1)[..., None].repeat(1, 1, 2)
     prompts = torch.tensor([prompt for prompt, _ in rows])
-    longest = max(response for _, response in rows)
-    states = response_states(hidden, prompts, longest)
-    assert states.shape == (len(rows), longest, 2)
-    for i, (prompt, response) in enumerate(rows):
-        for t in range(response):
-            assert states[i, t].tolist() == [prompt + t - 1] * 2
+    responses = torch.tensor([response for _, response in rows])
+    mask = torch.arange(int(responses.max())) < responses[:, None]
+    states = response_states(hidden, prompts, mask)
+    assert states.tolist() == [[prompt + t - 1] * 2 for prompt, response in rows for t in range(response)]
     lengths = torch.tensor([prompt + response for prompt, response in rows])
     assert last_states(hidden, lengths)[:, 0].tolist() == (lengths - 1).tolist()
 
@@ -49,16 +48,16 @@ def test_model_that_copies_the_next_token_has_logprob_0() -> None:
     prompt_lens, vocabulary = torch.tensor([2, 1]), 5
     following = torch.roll(ids, -1, dims=1)
     hidden = 1e3 * torch.nn.functional.one_hot(following, vocabulary).double()
-    states = response_states(hidden, prompt_lens, 3)
+    states = response_states(hidden, prompt_lens, torch.ones(2, 3, dtype=torch.bool))
     targets = torch.stack([ids[i, n : n + 3] for i, n in enumerate(prompt_lens.tolist())])
-    logprobs, _ = token_logprobs(states.flatten(0, 1), targets.flatten(), torch.eye(vocabulary, dtype=torch.float64))
+    logprobs, _ = token_logprobs(states, targets.flatten(), torch.eye(vocabulary, dtype=torch.float64))
     assert logprobs.tolist() == [0.0] * 6
 
 
 def test_gradient_reaches_only_the_states_that_predict() -> None:
     hidden = normal(1, 6, 2).requires_grad_()
     mask = torch.tensor([[True, True, False, False]])
-    response_states(hidden, torch.tensor([4]), 4)[mask].sum().backward()
+    response_states(hidden, torch.tensor([4]), mask).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad[0, :, 0].tolist() == [0, 0, 0, 1, 1, 0]
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tercet.algo.statistics import (
     length_controlled_win_rate,
     pair_accuracy,
     resamples,
+    student_quantile,
     tilted,
     turning_point,
     win_rate,
@@ -90,6 +92,23 @@ def test_bootstrap_is_seeded_and_draws_rows() -> None:
     # Samples of a prompt go together: two rows of (0, 10) have no spread between rows.
     assert bootstrap_interval(torch.tensor([[0.0, 10.0], [0.0, 10.0]]), seed=0) == (5.0, 5.0)
     assert bootstrap_interval(torch.tensor([3.0]), seed=0) == (3.0, 3.0)
+
+
+@pytest.mark.parametrize("freedom, published", [(2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (10_000, 1.960)])
+def test_students_quantile_is_that_of_the_tables(freedom: int, published: float) -> None:
+    assert student_quantile(freedom) == pytest.approx(published, abs=0.035 if freedom < 4 else 0.001)
+    assert student_quantile(9, 0.99) == pytest.approx(3.250, abs=0.001)
+
+
+@pytest.mark.parametrize("interval", [bootstrap_interval, lambda rows, seed: cluster_interval(rows, torch.ones_like(rows), seed)])
+def test_intervals_of_few_rows_hold_what_they_promise(interval: Callable[..., tuple[float, float]]) -> None:
+    """Of 300 samples of 8 normal numbers the mean lies in 92 to 98 % of the intervals; in plain percentile intervals in 88."""
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for seed in range(300):
+        low, high = interval(torch.randn(8, generator=generator, dtype=torch.float64), seed=seed)
+        inside += low < 0 < high
+    assert 0.92 <= inside / 300 <= 0.98
 
 
 def test_bootstrap_refuses_no_rows() -> None:

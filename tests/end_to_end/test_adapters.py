@@ -1,12 +1,14 @@
 """Whole runs with low-rank adapters on one backbone: the same folders and checkpoints as without."""
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -73,6 +75,31 @@ def test_the_backbone_of_a_stage_is_gone_when_the_next_ones_is_read(adapted: Pat
     )  # type: ignore[func-returns-value]
     shop.load_policy(shop.sft_source)
     assert alive == [False]
+
+
+def test_evaluation_holds_one_model_at_a_time(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the base model nor another run's policy is in memory beside the backbone of SFT, PPO and the judges."""
+    before = {name: (adapted / f"evaluation/{name}").read_bytes() for name in ("policies.json", "samples.jsonl")}
+    shutil.copytree(adapted, tmp_path / "run")
+    values = yaml.safe_load((adapted / "config.yaml").read_text()) | {"output": str(tmp_path / "run")}
+    values["evaluation"]["policies"] = {"other": values["model"]["name"]}
+    monkeypatch.setattr("tercet.runtime.machine.peak_memory_mb", lambda: 4096.0)
+    read, seen, alive = workshop.load_causal_lm, [], []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        alive.append(sum(model() is not None for model in seen))
+        model = read(*args, **options)
+        seen.append(weakref.ref(model.base_model))
+        return model
+
+    monkeypatch.setattr(workshop, "load_causal_lm", counted)
+    Pipeline(load_config(values)).run(["evaluate"], "evaluate")
+    assert alive == [0, 0, 0, 0], "the base model, the other policy, the backbone, and the base model once more"
+    policies = json.loads((tmp_path / "run/evaluation/policies.json").read_text())
+    assert {name: figures for name, figures in policies.items() if name != "other"} == json.loads(before["policies.json"])
+    assert {k: v for k, v in policies["other"].items() if "win" not in k} == {
+        k: v for k, v in policies["base"].items() if "win" not in k
+    }
 
 
 def test_an_adapters_configuration_does_not_depend_on_the_process(adapted: Path) -> None:

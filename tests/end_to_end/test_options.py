@@ -178,6 +178,24 @@ class TestPPO:
         _, rows, folder = ppo(save_rollouts_every=1, iterations=1)
         assert len(rows) == 8
 
+    def test_interpolation_is_of_the_policies_that_are_evaluated_and_saved_and_not_of_training(self, ppo: Any, runs: Any) -> None:
+        start = AutoModelForCausalLM.from_pretrained(runs.model).state_dict()
+        (rows, _, whole), (part_rows, _, part) = (
+            ppo(iterations=3, evaluate_every=1, learning_rate=0.03, interpolation=w) for w in (1.0, 0.5)
+        )
+        evaluated = ("eval_score", "eval_kl")
+        for row, other in zip(rows, part_rows):
+            assert all(other[key] == value for key, value in row.items() if key not in evaluated), (
+                "training is the same to the bit"
+            )
+            assert other["eval_kl"] != row["eval_kl"]
+        models = [AutoModelForCausalLM.from_pretrained(folder / "ppo/model").state_dict() for folder in (whole, part)]
+        for name, first in start.items():
+            assert torch.allclose(models[1][name], (first + models[0][name]) / 2, atol=1e-7), name
+        assert any(not torch.equal(models[0][name], first) for name, first in start.items())
+        summary = json.loads((part / "summary.json").read_text())
+        assert summary["ppo.interpolation"] == 0.5 and "ppo.interpolation" not in json.loads((whole / "summary.json").read_text())
+
     def test_whitening_gamma_and_gradient_clip_change_what_is_learned(self, ppo: Any) -> None:
         _, _, plain = ppo(iterations=1)
         weights = (plain / "ppo/model/model.safetensors").read_bytes()

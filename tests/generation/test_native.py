@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
-from tercet.generation.cache import RoomyLayer, cache_for
+from tercet.generation import cache
+from tercet.generation.cache import RoomyLayer, _widened, cache_for
 from tercet.generation.native import NativeGenerator, _close_ranks
 from tercet.generation.sampling import uniforms
 from tercet.models.load import load_causal_lm
@@ -214,6 +215,22 @@ def test_rows_end_at_the_first_stop_id_and_leave_the_batch(copies: int) -> None:
         )
     assert sequences.sampler_logprobs is not None and sequences.sampler_logprobs.shape == sequences.response_mask.shape
     assert bool((sequences.sampler_logprobs[~sequences.response_mask] == 0).all())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama_tied"])
+def test_a_cache_that_is_taken_all_at_once_gives_the_same_responses(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: what is given of it has gaps between the rows."""
+    policy, prompts = Policy(causal_lm(architecture)), some_prompts() * 3
+    generator = generator_of(policy, stop_ids=list(range(25)))
+    wanted = generator.sample(prompts, numbers(len(prompts)))
+    monkeypatch.setattr(RoomyLayer, "_allocated", lambda layer, room: layer._capacity)
+    grown: list[int] = []
+    monkeypatch.setattr(cache, "_widened", lambda storage, room: grown.append(room) or widened(storage, room))  # type: ignore[func-returns-value]
+    widened = _widened
+    found = generator.sample(prompts, numbers(len(prompts)))
+    assert torch.equal(found.input_ids, wanted.input_ids) and found.sampler_logprobs is not None
+    assert torch.allclose(found.sampler_logprobs, wanted.sampler_logprobs, atol=1e-5)
+    assert set(grown) == {max(LENGTHS) + generator._max_new_tokens}, "once, to the full length"
 
 
 def test_immediate_eos_and_the_length_limit() -> None:

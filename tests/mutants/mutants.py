@@ -284,6 +284,9 @@ STATISTICS: list[Row] = [
     ("best-of-n with replacement", "(i - n + 1) / i if i else 0.0", "((i - 1) / i) ** (n - 1) if i else 0.0"),
     ("KL of best-of-n without its second term", "math.log(n) - (n - 1) / n", "math.log(n)"),
     ("ties lose", "(a > b).double() + (a == b).double() / 2", "(a > b).double()"),
+    ("few rows are taken for many", "if count is not None and count > 1:", "if False:"),
+    ("few rows are taken for normal ones", "* student_quantile(count - 1, level))", "* NormalDist().inv_cdf((1 + level) / 2))"),
+    ("Student's t by its first term", "enumerate(terms))", "enumerate(terms[:1]))"),
 ]
 
 TYPES: list[Row] = [
@@ -596,6 +599,8 @@ PRODUCTS: list[Row] = [
     ("many rows come in as many numbers as a few do", "max(32, 2 ** (count.bit_length() - 6))", "32"),
     ("a half of the rows twice", "zip(x.chunk(2), (None, None)", "zip((x.chunk(2)[0], x[: len(x) // 2]), (None, None)"),
     ("everything in halves", "if lopsided and x.dtype is torch.bfloat16:", "if True:"),
+    ("halves of fewer rows than columns", "between = len(weight) <= len(x) <= 1280", "between = len(x) <= 1280"),
+    ("halves of more than twice as many", "and len(x) < 2 * len(weight) <= 2048", "and len(weight) <= 1024"),
     ("the last columns are not copied", "zip(torch.split(copied, 64, dim=1),", "zip(torch.split(copied, 64, dim=1)[:-1],"),
     ("MKL is thought to hold back on Intel's processors", '_vendor() == "AuthenticAMD"', "True"),
     ("packing is thought to pay for small weights", "and (work >= _MUCH or", "and (True or"),
@@ -658,8 +663,8 @@ ROLES: list[Row] = [
     ("the score does not see EOS", "last_states(hidden, sequences.lengths)", "last_states(hidden, sequences.lengths - 1)"),
     (
         "the value sees its own token",
-        "states = response_states(hidden, sequences.prompt_lens, mask.shape[1])[mask]",
-        "states = response_states(hidden, sequences.prompt_lens + 1, mask.shape[1])[mask]",
+        "states = response_states(hidden, sequences.prompt_lens, mask)",
+        "states = response_states(hidden, sequences.prompt_lens + 1, mask)",
     ),
     ("the temperature is left out", '{"temperature": temperature, ', "{"),
     (
@@ -694,7 +699,11 @@ STORAGE: list[Row] = [
     ("rows that are not there move what follows", "file.write(bytes(4 * missing))", "pass"),
     ("tensors of other shapes pass", "if found is None or found.shape != wanted.shape:", "if found is None:"),
     ("what the configuration ties is tied whatever the checkpoint has", "if _ties_differ(model, places):", "if False:"),
-    ("a head of its own is lost when an adapter is merged", " or _ties_differ(model, places):", ":"),
+    (
+        "a head of its own is lost when an adapter is merged",
+        "and name not in own for name in _saved_names(model)) or _ties_differ(model, places):",
+        "and name not in own for name in _saved_names(model)):",
+    ),
     ("buffers keep what they began with", "wanted.copy_(found)", "pass"),
     ("tied weights part", "    model.tie_weights()\n", ""),
     (
@@ -704,6 +713,42 @@ STORAGE: list[Row] = [
     ),
 ]
 
+JUDGED: list[Row] = [
+    ("log-probabilities of pads count", '{"logprobs": values[: batch[row]["length"]],', '{"logprobs": values,'),
+    (
+        "the reference is read hotter than the policy",
+        "ref_policy(chosen, temperature=sampling.temperature)",
+        "ref_policy(chosen)",
+    ),
+    (
+        "whether a response has ended is forgotten",
+        'torch.tensor([row["finished"] for row in rows], dtype=torch.bool)',
+        "torch.ones(len(rows), dtype=torch.bool)",
+    ),
+]
+ONE_AT_A_TIME: list[Row] = [
+    ("the base model comes last", "sorted(sources, key=lambda name: shop.on_backbone(sources[name]))", "list(sources)[::-1]"),
+    (
+        "the judges' backbone stays for the base model's second turn",
+        "    if not shop.on_backbone(shop.base):\n        shop.leave_backbone()\n",
+        "",
+    ),
+]
+INTERPOLATION: list[Row] = [
+    (
+        "the way is measured from its other end",
+        "lerp(start(name).to(tensor), tensor, weight)",
+        "lerp(tensor, start(name).to(tensor), weight)",
+    ),
+    ("the trained weights are not put back", "tensor.copy_(own[name])", "pass"),
+    (
+        "the trained weights were not kept",
+        "name: tensor.clone() for name, tensor in trained",
+        "name: tensor for name, tensor in trained",
+    ),
+    ("both matrices of an adapter are scaled", 'elif ".lora_B." in name:', "else:"),
+    ("all the way is computed too", "if weight == 1.0:", "if False:"),
+]
 MERGING: list[Row] = [
     ("what the adapter adds is left out", ' + module.get_delta_weight("default").float()', ""),
     ("a checkpoint that has changed is merged", "if not torch.equal(stored.to(held), held):", "if False:"),
@@ -840,8 +885,8 @@ MUTANTS: list[Mutant] = [
         [
             (
                 "the score is read one before the last token",
-                "hidden[rows, lengths - 1]",
-                "hidden[rows, (lengths - 2).clamp(min=0)]",
+                "_states_at(hidden, lengths - 1,",
+                "_states_at(hidden, (lengths - 2).clamp(min=0),",
             )
         ],
     ),
@@ -915,8 +960,8 @@ MUTANTS: list[Mutant] = [
         "generation/native.py",
         ENDS,
         [
-            ("the end token is cut off", "token_logprobs.to(wide), step + 1", "token_logprobs.to(wide), step"),
-            ("every response counts as finished", "finished[rows[ended]] = True", "finished[:] = True"),
+            ("the end token is cut off", "lengths.index_fill_(0, rows, step + 1)", "lengths.index_fill_(0, rows, step)"),
+            ("every response counts as finished", "finished[rows] = ended ", "finished[:] = True "),
             ("rows that ended go on", "_close_ranks(rows == nowhere)", "_close_ranks(torch.zeros_like(ended))"),
             ("rows that ended still write", "rows = rows.masked_fill(ended, nowhere)", "rows = rows.clone()"),
             ("rows that have not ended leave", "kept[ended[:size].nonzero().squeeze(1)[: len(late)]] = late", "pass"),
@@ -986,6 +1031,9 @@ MUTANTS: list[Mutant] = [
     *_of("models/precision.py", "models/test_roles.py models/test_storage.py", PRECISION),
     *_of("models/storage.py", "models/test_storage.py", STORAGE),
     *_of("models/adapters.py", "models/test_storage.py", MERGING),
+    *_of("stages/evaluate.py", "stages/test_evaluate.py", JUDGED),
+    *_of("jobs/evaluation.py", "end_to_end/test_adapters.py", ONE_AT_A_TIME),
+    *_of("models/interpolation.py", "models/test_interpolation.py", INTERPOLATION),
     *_of("runtime/machine.py", "runtime/test_machine_and_world.py", MACHINE),
     *_of("models/load.py", "models/test_load.py", LOAD),
     *_of("folder.py", "test_folder.py", FOLDER),

@@ -371,7 +371,9 @@ def test_intervals() -> None:
     # Wilson for 8 of 10: (0.4902, 0.9433), the textbook value.
     assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     # mean 2, sd 1, n 3: 2 -+ 1.96 / sqrt(3)
-    assert interval_of_mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 0.868393, 3.131607), abs=1e-5)
+    # Student's t: 2.776 standard errors at 4 degrees of freedom (published tables).
+    half = 2.776 * 2.5**0.5 / 5**0.5
+    assert interval_of_mean([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3.0, 3.0 - half, 3.0 + half), abs=1e-3)
     assert interval_of_mean([4.0]) == (4.0, -math.inf, math.inf)
 
 

@@ -112,6 +112,7 @@ def test_a_device_that_is_not_there(device: str) -> None:
             r"machine\.microbatch_tokens \(64 now; try 32\)",
         ),
         ("sft", None, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), r"try 32\);"),
+        ("sft", None, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), r"try 32\);"),
         ("ppo", ("ppo.rollout_batch_size", 16), MemoryError(), r"if it was sampling, ppo\.rollout_batch_size \(16 now; try 8\)"),
     ],
 )
@@ -170,6 +171,20 @@ def test_ranks_on_cards_take_one_each_and_exchange_counts_on_the_cpu(
     world = World.start(device)
     assert (world.rank, world.size) == (2, 4)
     assert asked == ([2, "cpu:gloo,cuda:nccl"] if wanted == "cuda" else ["gloo"])
+
+
+def test_more_ranks_than_cards_and_one_card_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: int) -> None:
+        raise RuntimeError("CUDA error: invalid device ordinal\nand much more")
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", refuse)
+    with pytest.raises(TercetError, match=r"no GPU number 2 \(CUDA error: invalid device ordinal\): start as many as there are"):
+        World.start("auto")
+    with pytest.raises(TercetError, match=r"cuda:0 is one device, but torchrun started several processes: say cuda"):
+        resolve("cuda:0", "auto", "auto", "auto", 1)
 
 
 class TestWorldOfOne:
@@ -307,8 +322,12 @@ def test_each_vector_function_is_called_on_one_thread_before_it_is_called_on_sev
     }
 
 
-@pytest.mark.parametrize(("peak", "looked"), [(machine.WORTH_RELEASING_MB - 1.0, 0), (machine.WORTH_RELEASING_MB + 1.0, 1)])
-def test_memory_is_released_where_there_is_some(peak: float, looked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("peak", "card", "looked"),
+    [(machine.WORTH_RELEASING_MB - 1.0, False, 0), (machine.WORTH_RELEASING_MB + 1.0, False, 1), (1.0, True, 1)],
+)
+def test_memory_is_released_where_there_is_some(peak: float, card: bool, looked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: card)
     calls: list[int] = []
     monkeypatch.setattr(machine, "peak_memory_mb", lambda: peak)
     monkeypatch.setattr(machine.gc, "collect", lambda: calls.append(1))

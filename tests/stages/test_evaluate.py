@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -11,7 +12,20 @@ import torch
 
 from tercet.generation.native import NativeGenerator
 from tercet.models.roles import Policy
-from tercet.stages.evaluate import Journey, Judges, Sampling, compare, draw, groups_of, respond, summarise, surprisal, wins
+from tercet.stages.evaluate import (
+    Journey,
+    Judges,
+    Sampling,
+    compare,
+    draw,
+    groups_of,
+    judged,
+    respond,
+    summarise,
+    surprisal,
+    wins,
+)
+from tercet.stages.evaluate import answers as sample
 from tercet.stages.rollout import PromptSet
 
 SAMPLING = Sampling(seed=4, temperature=1.0, max_new_tokens=6, batch_size=4, greedy=False, max_tokens=64)
@@ -168,10 +182,30 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_rows() -> None:
 
     policy, reference, prompts = tiny.policy_of(2), tiny.policy_of(), tiny.prompts_of(PROMPTS)
     generator = NativeGenerator(policy, stop_ids=[tiny.EOS], max_new_tokens=6)
-    rows, counted = interrupted(lambda journey: respond(policy, reference, generator, prompts, JUDGES, SAMPLING, journey=journey))
+    rows, counted = interrupted(lambda journey: sample(policy, generator, prompts, SAMPLING, journey=journey))
+    rows = json.loads(json.dumps(rows))  # as the journal keeps them
+    assert counted == [0, 4, 8, 4, 3] and all(len(row["logprobs"]) == row["length"] == len(row["ids"]) for row in rows)
+    rows, counted = interrupted(lambda journey: judged(rows, reference, prompts, JUDGES, SAMPLING, journey=journey))
     assert rows == answers(policy) and counted == [0, 4, 8, 4, 3]
     rows, _ = interrupted(lambda journey: draw(generator, prompts, JUDGES, SAMPLING, 5, places=[3, 1], journey=journey))
     assert rows == draws(5, [3, 1])
+
+
+def test_judges_see_the_texts_that_were_sampled() -> None:
+    seen: list[Any] = []
+
+    class Noting:
+        def score(self, sequences: Any, texts: Any) -> torch.Tensor:
+            seen.append(sequences)
+            return torch.zeros(len(sequences))
+
+    policy, prompts = tiny.policy_of(2), tiny.prompts_of(PROMPTS)
+    rows = sample(policy, NativeGenerator(policy, stop_ids=[tiny.EOS], max_new_tokens=6), prompts, SAMPLING)
+    judged(rows, tiny.policy_of(), prompts, Judges(Noting(), {}), SAMPLING)
+    texts = [ids[:length] for part in seen for ids, length in zip(part.input_ids.tolist(), part.lengths.tolist())]
+    assert texts == [[*PROMPTS[row["place"]], *row["ids"]] for row in rows]
+    finished = [ended for part in seen for ended in part.finished.tolist()]
+    assert finished == [row["finished"] for row in rows] and {True, False} == set(finished)
 
 
 def test_some_places_get_the_answers_that_they_have_among_all() -> None:
