@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,7 @@ def run_evaluate(shop: Workshop) -> Figures:
         if not shop.on_backbone(sources[order[0]]):
             shop.leave_backbone()
         sampled = {name: _answers(shop, name, sources[name], prompts, sampling, bar) for name in order}
-        judges = judges_of(shop, shop.reward())
-        names = list(judges.others)
-        responses = {
-            name: _judged(shop, name, sources[name], sampled.pop(name), prompts, judges, sampling, bar) for name in sources
-        }
-        draws = _draws(shop, chosen, prompts, judges, sampling, bar)
-    del judges
+        responses, draws, names = _judged(shop, sources, sampled, prompts, sampling, chosen, bar)
     if not shop.on_backbone(shop.base):
         shop.leave_backbone()
     release_free_memory()
@@ -109,28 +104,33 @@ def _answers(shop: Workshop, name: str, source: str, prompts: PromptSet, samplin
 
 
 def _judged(
-    shop: Workshop, name: str, source: str, rows: list[Row], prompts: PromptSet, judges: Judges, sampling: Sampling, bar: Bar
-) -> list[Row]:
-    """The same with scores and KL."""
-    kept = Kept(shop, name, source)
-    before = kept.rows()
-    if len(before) == len(rows):
-        bar.advance_by(len(rows))
-        return before
-    release_free_memory()
-    reference = shop.load_policy(shop.sft_source, frozen=True)
-    journey = Journey(before, kept.keep, bar.advance_by)
-    return judged(rows, reference, prompts, judges, sampling, shop.world, journey=journey)
-
-
-def _draws(shop: Workshop, places: Sequence[int], prompts: PromptSet, judges: Judges, sampling: Sampling, bar: Bar) -> list[Row]:
-    """Many samples of the SFT policy for each of a few prompts."""
-    if not places:
-        return []
-    kept, count = Kept(shop, "best_of_n"), shop.config.evaluation.best_of_samples
-    journey = Journey(kept.rows(), kept.keep, bar.advance_by)
-    generator = shop.generator(shop.load_policy(shop.sft_source, frozen=True))
-    return draw(generator, prompts, judges, sampling, count, shop.world, places=places, journey=journey)
+    shop: Workshop,
+    sources: Mapping[str, str],
+    sampled: dict[str, list[Row]],
+    prompts: PromptSet,
+    sampling: Sampling,
+    places: Sequence[int],
+    bar: Bar,
+) -> tuple[dict[str, list[Row]], list[Row], list[str]]:
+    """All that needs the SFT policy and the judges, who are in memory until it is done: scores and KL of every answer; many samples of
+    SFT for each of a few prompts; the judges' names."""
+    release_free_memory()  # what sampling the last policy has left
+    judges, reference = judges_of(shop, shop.reward()), functools.cache(lambda: shop.load_policy(shop.sft_source, frozen=True))
+    responses = {}
+    for name, source in sources.items():
+        rows, kept = sampled.pop(name), Kept(shop, name, source)
+        responses[name] = kept.rows()
+        if len(responses[name]) < len(rows):
+            journey = Journey(responses[name], kept.keep, bar.advance_by)
+            responses[name] = judged(rows, reference(), prompts, judges, sampling, shop.world, journey=journey)
+        else:
+            bar.advance_by(len(rows))
+    draws: list[Row] = []
+    if places:
+        kept, count = Kept(shop, "best_of_n"), shop.config.evaluation.best_of_samples
+        journey, generator = Journey(kept.rows(), kept.keep, bar.advance_by), shop.generator(reference())
+        draws = draw(generator, prompts, judges, sampling, count, shop.world, places=places, journey=journey)
+    return responses, draws, list(judges.others)
 
 
 def judges_of(shop: Workshop, score: Scorer) -> Judges:
