@@ -164,3 +164,13 @@ def ragged(shapes: Iterable[tuple[int, int]], vocabulary: int = 288, seed: int =
 
 
 SHAPES = [(5, 7), (1, 1), (12, 3), (2, 10), (3, 0), (1, 9)]
+
+
+def moved(role: Any) -> Any:
+    """A role that has learned something: all that learns a little elsewhere."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in role.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return role

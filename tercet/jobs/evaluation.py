@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,21 +114,15 @@ def _judged(
     """All that needs the SFT policy and the judges, who are in memory until it is done: scores and KL of every answer; many samples of
     SFT for each of a few prompts; the judges' names."""
     release_free_memory()  # what sampling the last policy has left
-    judges, reference = judges_of(shop, shop.reward()), functools.cache(lambda: shop.load_policy(shop.sft_source, frozen=True))
+    judges, reference = judges_of(shop, shop.reward()), shop.load_policy(shop.sft_source, frozen=True)
     responses = {}
     for name, source in sources.items():
-        rows, kept = sampled.pop(name), Kept(shop, name, source)
-        responses[name] = kept.rows()
-        if len(responses[name]) < len(rows):
-            journey = Journey(responses[name], kept.keep, bar.advance_by)
-            responses[name] = judged(rows, reference(), prompts, judges, sampling, shop.world, journey=journey)
-        else:
-            bar.advance_by(len(rows))
-    draws: list[Row] = []
-    if places:
-        kept, count = Kept(shop, "best_of_n"), shop.config.evaluation.best_of_samples
-        journey, generator = Journey(kept.rows(), kept.keep, bar.advance_by), shop.generator(reference())
-        draws = draw(generator, prompts, judges, sampling, count, shop.world, places=places, journey=journey)
+        kept = Kept(shop, name, source)
+        journey = Journey(kept.rows(), kept.keep, bar.advance_by)
+        responses[name] = judged(sampled.pop(name), reference, prompts, judges, sampling, shop.world, journey=journey)
+    kept, count = Kept(shop, "best_of_n"), shop.config.evaluation.best_of_samples
+    journey, generator = Journey(kept.rows(), kept.keep, bar.advance_by), shop.generator(reference)
+    draws = draw(generator, prompts, judges, sampling, count, shop.world, places=places, journey=journey)
     return responses, draws, list(judges.others)
 
 

@@ -63,8 +63,7 @@ def saves_piecewise(
     def read(name: str) -> Tensor:
         if name in own:
             return own[name]
-        key, path = places[name]
-        return finish(name, _tensor(path, key))
+        return finish(name, _tensor(*places[name]))
 
     model.__dict__["save_pretrained"] = functools.partial(_save, model, read)
     return True
@@ -76,7 +75,7 @@ def parameters_of(model: PreTrainedModel, source: str) -> Callable[[str], Tensor
     places = _places(model, source)
     if any(name not in places for name, _ in model.named_parameters()) or _ties_differ(model, places):
         return None
-    return lambda name: _tensor(places[name][1], places[name][0])
+    return lambda name: _tensor(*places[name])
 
 
 @torch.no_grad()
@@ -91,7 +90,7 @@ def reads_piecewise(model: PreTrainedModel, source: str, dtypes: Callable[[Tenso
         layer, _, last = name.rpartition(".")
         module = model.get_submodule(layer)
         wanted = getattr(module, last)
-        found = _tensor(places[name][1], places[name][0]) if name in places else None
+        found = _tensor(*places[name]) if name in places else None
         if found is None or found.shape != wanted.shape:
             return False
         if isinstance(wanted, nn.Parameter):
@@ -102,14 +101,14 @@ def reads_piecewise(model: PreTrainedModel, source: str, dtypes: Callable[[Tenso
     return not any(parameter.is_meta for parameter in model.parameters())
 
 
-def _places(model: PreTrainedModel, source: str) -> dict[str, tuple[str, Path]]:
-    """The tensors of a model that a checkpoint has, tied ones under each of their names: their names there, and files."""
+def _places(model: PreTrainedModel, source: str) -> dict[str, tuple[Path, str]]:
+    """The tensors of a model that a checkpoint has, tied ones under each of their names: files, and their names there."""
     stored, prefix = stored_tensors(source), f"{model.base_model_prefix}."
     found = {}
     for name in [*_saved_names(model), *_tied_names(model)]:
         key = name if name in stored else name.removeprefix(prefix)  # a base model's checkpoint has no prefix
         if key in stored:
-            found[name] = key, stored[key]
+            found[name] = stored[key], key
     return found
 
 
@@ -120,10 +119,10 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
     return {name: other for name, other in pairs.items() if name != other}
 
 
-def _ties_differ(model: PreTrainedModel, places: Mapping[str, tuple[str, Path]]) -> bool:
+def _ties_differ(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]]) -> bool:
     """Whether the checkpoint has different tensors for what the configuration ties: transformers leaves them apart."""
     both = [(places[name], places[other]) for name, other in _tied_names(model).items() if name in places and other in places]
-    return any(not torch.equal(_tensor(path, key), _tensor(own_path, own)) for (key, path), (own, own_path) in both)
+    return any(not torch.equal(_tensor(*one), _tensor(*other)) for one, other in both)
 
 
 def _saved_names(model: PreTrainedModel) -> list[str]:

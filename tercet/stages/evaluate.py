@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from tercet.stages.rollout import PromptSet
 from tercet.types import Sequences, TokenRow
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 _DRAWS_APART = 2**32  # the random numbers of draw d of prompt i are those of row d * this + i
 
 
@@ -70,10 +71,8 @@ def answers(
 
     Each rank works on its own rows; all of them get the whole list, in the order of `places`.
     """
-    world, journey = world or World(), journey or Journey()
-    rows = list(journey.before)
-    journey.done(len(rows))
-    for own in _batches(range(len(prompts)) if places is None else places, len(rows), sampling.batch_size, world):
+
+    def batch_of(own: Sequence[int]) -> list[Row]:
         sequences = _sampled(generator, prompts, sampling, own)
         batch = _rows(sequences, own)
         for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
@@ -83,8 +82,9 @@ def answers(
             entropies = (entropy.sum(1) / chosen.response_lens.clamp(min=1)).tolist()
             for row, values, mean_entropy in zip(part, logprobs.tolist(), entropies):
                 batch[row] |= {"logprobs": values[: batch[row]["length"]], "entropy": mean_entropy}
-        rows += _together(batch, world, journey)
-    return rows
+        return batch
+
+    return _in_batches(range(len(prompts)) if places is None else places, batch_of, sampling, world, journey)
 
 
 @torch.no_grad()
@@ -99,11 +99,8 @@ def judged(
     journey: Journey | None = None,
 ) -> list[Row]:
     """The rows of `answers` with their text, score, other judges' scores and KL to the reference, without log-probabilities."""
-    world, journey = world or World(), journey or Journey()
-    found = list(journey.before)
-    journey.done(len(found))
-    for own in _batches(range(len(rows)), len(found), sampling.batch_size, world):
-        batch = [rows[i] for i in own]
+
+    def batch_of(batch: Sequence[Row]) -> list[Row]:
         sequences = _sequences(batch, prompts).to(ref_policy.device)
         scored = _scored(sequences, batch, prompts, judges)
         for part in microbatches(sequences.lengths.tolist(), sampling.max_tokens):
@@ -114,8 +111,9 @@ def judged(
                 logprobs[line, : batch[row]["length"]] = torch.tensor(batch[row]["logprobs"], dtype=logprobs.dtype)
             for row, kl in zip(part, sequence_kl(k1(logprobs, ref_logprobs), chosen.response_mask).tolist()):
                 scored[row] = _without(scored[row], "logprobs") | {"kl": kl}
-        found += _together(scored, world, journey)
-    return found
+        return scored
+
+    return _in_batches(rows, batch_of, sampling, world, journey)
 
 
 def respond(
@@ -150,17 +148,15 @@ def draw(
 
     A response depends on its prompt and the number of its draw, not on how many are drawn.
     """
-    world, journey = world or World(), journey or Journey()
-    rows = list(journey.before)
-    journey.done(len(rows))
-    numbered = [(place, number) for number in range(count) for place in places]
-    for own in _batches(range(len(numbered)), len(rows), sampling.batch_size, world):
-        own_places, draws = [numbered[i][0] for i in own], [numbered[i][1] for i in own]
+
+    def batch_of(own: Sequence[tuple[int, int]]) -> list[Row]:
+        own_places, draws = [place for place, _ in own], [number for _, number in own]
         sequences = _sampled(generator, prompts, sampling, own_places, draws)
         batch = _scored(sequences, _rows(sequences, own_places), prompts, judges)
-        scored = [{"draw": number, **_without(row, "response", "ids")} for number, row in zip(draws, batch)]
-        rows += _together(scored, world, journey)
-    return rows
+        return [{"draw": number, **_without(row, "response", "ids")} for number, row in zip(draws, batch)]
+
+    numbered = [(place, number) for number in range(count) for place in places]
+    return _in_batches(numbered, batch_of, sampling, world, journey)
 
 
 @torch.no_grad()
@@ -280,17 +276,23 @@ def _scored(sequences: Sequences, rows: Sequence[Row], prompts: PromptSet, judge
     return [row | dict(zip(columns, values)) for row, values in zip(rows, zip(*columns.values()))]
 
 
-def _batches(places: Sequence[int], done: int, size: int, world: World) -> Iterator[list[int]]:
-    """This rank's places of each batch of `size` for every rank; the first `done` places are dealt with already."""
-    for start in range(done, len(places), size * world.size):
-        yield list(places[start : start + size * world.size])[world.rank :: world.size]
-
-
-def _together(own: list[Row], world: World, journey: Journey) -> list[Row]:
-    """The rows of all ranks in the order of the batch, handed on."""
-    rows = world.gather_rows(own)
-    journey.keep(rows)
+def _in_batches(
+    items: Sequence[Item],
+    batch_of: Callable[[Sequence[Item]], list[Row]],
+    sampling: Sampling,
+    world: World | None,
+    journey: Journey | None,
+) -> list[Row]:
+    """What batch_of gives for this rank's items of each batch, and the other ranks' for theirs, in the order of the items; those that
+    the journey has had before are not computed again."""
+    world, journey = world or World(), journey or Journey()
+    rows, size = list(journey.before), sampling.batch_size * world.size
     journey.done(len(rows))
+    for start in range(len(rows), len(items), size):
+        found = world.gather_rows(batch_of(items[start : start + size][world.rank :: world.size]))
+        journey.keep(found)
+        journey.done(len(found))
+        rows += found
     return rows
 
 

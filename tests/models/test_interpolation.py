@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_zoo import SHAPES, causal_lm, ragged, write_checkpoint
+from model_zoo import SHAPES, causal_lm, moved, ragged, write_checkpoint
 
 from tercet.models.adapters import Backbone, Rank
 from tercet.models.interpolation import interpolated
@@ -15,15 +15,6 @@ from tercet.models.roles import Policy
 from tercet.models.storage import parameters_of
 
 WEIGHT = 0.25
-
-
-def moved(policy: Policy) -> Policy:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    return policy
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

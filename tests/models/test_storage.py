@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from model_zoo import ARCHITECTURES, LLAMA_LIKE, SHAPES, bpe_tokenizer, causal_lm, ragged, write_checkpoint
+from model_zoo import ARCHITECTURES, LLAMA_LIKE, SHAPES, bpe_tokenizer, causal_lm, moved, ragged, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -32,15 +32,6 @@ def backbone_of(source: str, dtype: torch.dtype = torch.float32) -> Backbone:
 def loaded(load: Any, source: str, half: bool) -> Any:
     """As the workshop loads."""
     return load(source, rounded=half)
-
-
-def moved(role: Any) -> Any:
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in role.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    return role
 
 
 def save(role: Policy | ScoreModel, folder: Path) -> dict[str, torch.Tensor]:
