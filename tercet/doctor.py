@@ -21,7 +21,7 @@ from tercet.config import Config, load_config
 from tercet.data.files import write_parquet
 from tercet.errors import TercetError
 from tercet.jobs.memory import GIB, Need
-from tercet.jobs.outlook import KINDS, Check, Lengths, measure, memory, outlook
+from tercet.jobs.outlook import KINDS, Check, Lengths, measure, memory, outlook, sides_of
 from tercet.jobs.workshop import Workshop
 from tercet.pipeline import Pipeline
 from tercet.runtime.machine import free_memory, measured_rate
@@ -168,11 +168,10 @@ def _seconds(config: Config, small: Config, records: Mapping[str, Any]) -> dict[
     if timings:
         rows, last = small.ppo.rollout_batch_size, timings[-1]
         sampled, update = (last["generate_s"] + last["score_s"]) / rows, last["update_s"] / rows
-        evaluation, prompts = (
-            config.evaluation,
-            min(config.evaluation.prompts, len(records.get("eval_prompts", records["prompts"]))),
-        )
-        looks = config.ppo.iterations // config.ppo.evaluate_every if config.ppo.evaluate_every else 0
+        evaluation = config.evaluation
+        train, held_out = sides_of("prompts", records, config)
+        prompts = min(evaluation.prompts, len(held_out or train))
+        looks = -(-config.ppo.iterations // config.ppo.evaluate_every) if config.ppo.evaluate_every else 0
         found["ppo"] = config.ppo.iterations * config.ppo.rollout_batch_size * (sampled + update) + looks * prompts * sampled
         policies = 3 + len(evaluation.policies)
         found["evaluate"] = (policies * prompts + evaluation.best_of_prompts * evaluation.best_of_samples) * sampled

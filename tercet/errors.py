@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake ends in; apart from types.py so that the command line starts without torch."""
+"""The exceptions that end a run; apart from types.py so that the command line starts without torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,10 @@ class TercetError(Exception):
 
 class OtherFormat(TercetError):
     """A checkpoint that another version of Tercet wrote: refused before anything in the run folder is touched."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; the state was saved at the last boundary."""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tercet.errors import named_by
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 # Bumped when a stage's results change for the same configuration and data; tests/test_golden.py holds the results.
-VERSIONS = {"pretrain": 3, "sft": 4, "reward": 3, "ppo": 3, "evaluate": 3}
+VERSIONS = {"pretrain": 3, "sft": 4, "reward": 3, "ppo": 3, "evaluate": 4}
 
 _SAMPLING = ["ppo.temperature", "ppo.max_new_tokens", "ppo.stop", "ppo.truncate_after", "data.prompts", "data.eval_prompts"]
 _COMMON = ["model", "seed", "machine.dtype", "data.max_prompt_length", "data.held_out"]
@@ -38,7 +38,6 @@ _INSIDE = [f"evaluation.{name}" for name in ("prompts", "greedy", "judges", "gol
 _CARD = ["reward", "data.comparisons", "data.eval_comparisons", "data.held_out"]
 _NO_EFFECT = ("ppo.save_rollouts_every", "ppo.kl.limit", "evaluation.batch_size")
 _CLASSIFIERS = 2  # as VERSIONS, of those runs alone that have classifiers from elsewhere
-_TIMEOUT = "timeout"  # of a reward function: what it may take, not what it gives
 # What may be named by a path here: folders with a model, "file.py:name". Their contents count, and not where they are kept.
 _PATHS: tuple[str, ...] = ("model.name", "reward.use", "ppo.policy", "ppo.value_model", "ppo.rewards")
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
@@ -55,7 +54,7 @@ def fingerprints(
     for stage in stages:
         depends = [*_DEPENDS[stage], *(_INSIDE if stage == "ppo" and config.ppo.evaluate_every else [])]
         depends += _CARD if stage == "evaluate" and config.reward.use is not None else []
-        keys = [key for key in flat if _under(key, depends) and key not in _NO_EFFECT and not key.endswith(f".{_TIMEOUT}")]
+        keys = [key for key in flat if _under(key, depends) and key not in _NO_EFFECT and not _is_timeout(key, flat)]
         settings: dict[str, Any] = {}
         data: dict[str, Any] = {}
         for key in keys:
@@ -84,6 +83,12 @@ def fingerprints(
     return prints
 
 
+def _is_timeout(key: str, flat: Mapping[str, Any]) -> bool:
+    """Whether the key is a reward function's timeout: what it may take, not what it gives."""
+    term, _, name = key.rpartition(".")
+    return name == "timeout" and f"{term}.kind" in flat
+
+
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """In words, what changed between two fingerprints of one stage; nothing if they are the same."""
     if there["version"] != wanted["version"]:
@@ -110,7 +115,11 @@ def _named(value: Any, key: str, data: dict[str, Any], folders: Callable[[Path],
     if isinstance(value, list):
         return [_named(item, f"{key}.{place}", data, folders) for place, item in enumerate(value)]
     if isinstance(value, dict):
-        return {name: _named(item, f"{key}.{name}", data, folders) for name, item in value.items() if name != _TIMEOUT}
+        return {
+            name: _named(item, f"{key}.{name}", data, folders)
+            for name, item in value.items()
+            if not (name == "timeout" and "kind" in value)
+        }
     if not isinstance(value, str):
         return value
     file, _, function = value.rpartition(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -96,7 +97,15 @@ class Pipeline:
                 if wants_report and self._report_is_old(stages):
                     self.write_report()
                 self._redo_path.unlink(missing_ok=True)
+        self._wait_for_ranks()
         return RunResult(self.folder, self.summary())
+
+    def _wait_for_ranks(self) -> None:
+        """Until the first of them has written the summary, which all of them read."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from tercet.runtime.distributed import World
+
+            World.start(self.config.machine.device).barrier()
 
     def summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"
@@ -142,13 +151,13 @@ class Pipeline:
         return write_report(self.folder)
 
     def _execute(self, stages: Sequence[str], redo: Sequence[str], records: dict[str, Any]) -> None:
+        from tercet.errors import Interrupted
         from tercet.jobs.evaluation import run_evaluate
         from tercet.jobs.outlook import measure, outlook
         from tercet.jobs.preflight import check_models
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
         from tercet.runtime.checkpoint import seed_everything
         from tercet.runtime.files import write_json, write_text
-        from tercet.runtime.interrupted import Interrupted
         from tercet.runtime.machine import out_of_memory_explained, release_free_memory
         from tercet.runtime.progress import console
         from tercet.runtime.stage import Interrupt
@@ -190,9 +199,11 @@ class Pipeline:
 
     def _sampled_at_once(self, stage: str) -> tuple[str, int] | None:
         """The setting that says how many responses a stage samples together, if it samples any, and its value."""
-        if stage == "evaluate":
-            return "evaluation.batch_size", self.config.evaluation_batch
-        return ("ppo.rollout_batch_size", self.config.ppo.rollout_batch_size) if stage in ("reward", "ppo") else None
+        rollout = "ppo.rollout_batch_size", self.config.ppo.rollout_batch_size
+        evaluated = "evaluation.batch_size", self.config.evaluation_batch
+        if stage == "ppo" and self.config.ppo.evaluate_every:
+            return max(rollout, evaluated, key=lambda one: one[1])
+        return {"evaluate": evaluated, "reward": rollout, "ppo": rollout}.get(stage)
 
     def workshop(self, interrupt: Any) -> Any:
         """The machine, chosen where it says auto, and the base model."""
@@ -293,6 +304,8 @@ class Pipeline:
         for stage in reversed(stages):  # if this is cut short, no stage is left that builds on one that is gone
             self._done_path(stage).unlink(missing_ok=True)
             remove_folder(self.folder / FOLDERS[stage])
+        if (self.folder / "summary.json").exists():
+            self.write_summary()  # its figures of those stages are no more
 
     def _tidy(self, stages: Sequence[str]) -> None:
         """Remove what a finished stage needs no longer, and what a process that was killed just before doing so left behind."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tercet.pipeline import RunResult
+from tercet.runtime.progress import FIRST
 
 _ROWS = {
     "score": "training reward",
@@ -23,7 +24,7 @@ _ROWS = {
 
 def print_summary(result: RunResult) -> None:
     """Base, SFT and PPO side by side, the win rate, and where the report is."""
-    summary, console = result.summary, Console(highlight=False)
+    summary, console = result.summary, Console(highlight=False, quiet=not FIRST)
     policies = [name for name in ("base", "sft", "ppo") if f"{name}.score" in summary]
     if policies:
         prompts = "held-out prompts" if summary.get("evaluation.held_out") != 0 else "training prompts (none could be held out)"

@@ -64,6 +64,11 @@ class Comparison:
     fields: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """(better, worse) of every two responses that are no tie."""
+        ranked = list(zip(self.responses, self.ranks))
+        return [(better, worse) for better, rank in ranked for worse, other in ranked if rank < other]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -190,3 +195,18 @@ class Experience:
         width = sequences.max_response
         aligned = {f.name: getattr(self, f.name)[index, :width] for f in fields(self) if f.name not in ("sequences", "scores")}
         return Experience(sequences=sequences, scores=self.scores[index], **aligned)
+
+
+@dataclass
+class KeptPass:
+    """What policy and value model give for a micro-batch, the rows `rows` (n,) of a rollout: log-probabilities and values (n, T) with their
+    graphs, or None where the graph was not kept."""
+
+    rows: Tensor
+    logprobs: Tensor | None
+    values: Tensor | None
+
+    def let_go(self) -> None:
+        """Of the graphs, once they have been of use."""
+        self.logprobs = None if self.logprobs is None else self.logprobs.detach()
+        self.values = None if self.values is None else self.values.detach()

@@ -182,7 +182,7 @@ def test_a_place_where_nothing_can_be_written_is_named(finished_run, tiny_data, 
 
 @pytest.mark.parametrize("signal", ["Interrupted", "KeyboardInterrupt"])
 def test_a_stopped_examination_does_not_speak_of_a_saved_state(signal, finished_run, tiny_data, tmp_path, monkeypatch):
-    from tercet.runtime.interrupted import Interrupted
+    from tercet.errors import Interrupted
 
     def stopped(*_: Any, **__: Any) -> None:
         raise {"Interrupted": Interrupted, "KeyboardInterrupt": KeyboardInterrupt}[signal]

@@ -223,6 +223,14 @@ def test_how_long_a_reward_function_may_take_changes_nothing(project: Path) -> N
     assert prints(1.0) == prints(300.0)
 
 
+def test_a_policy_may_be_called_timeout(project: Path) -> None:
+    def prints(name: str) -> Any:
+        values = {"output": "run", "model": {"name": str(project / "model")}, "data": {"prompts": str(project / "prompts.jsonl")}}
+        return fingerprints(load_config({**values, "evaluation": {"policies": {"timeout": name}}}), ["evaluate"])
+
+    assert prints("gpt2") != prints("gpt3")
+
+
 def test_a_function_that_is_not_written_in_python_goes_by_its_name(project: Path) -> None:
     config = load_config({"model": {"name": str(project / "model")}, "data": {"prompts": str(project / "prompts.jsonl")}})
     one, same, other = (fingerprints(config, ["ppo"], [call])["ppo"] for call in (len, len, max))

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from tercet.config import load_config
+from tercet.errors import Interrupted
 from tercet.fingerprint import STAGES
 from tercet.pipeline import Pipeline
 from tercet.report.load import load_run
-from tercet.runtime.interrupted import Interrupted
 from tercet.types import TercetError
 
 Partial = Callable[..., Path]

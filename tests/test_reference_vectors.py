@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tercet.algo.advantages import combine_score, explained_variance, gae, token_rewards
+from tercet.algo.calibration import right
 from tercet.algo.kl import AdaptiveKL, k1, k2, k3, kl_optimum, sequence_kl
 from tercet.algo.logprobs import logits_logprobs, token_logprobs
 from tercet.algo.losses import normalisation, policy_loss, ranking_loss, sft_loss, value_loss
 from tercet.algo.masks import last_index, masked_mean, position_ids, truncate_at_stop, whiten
 from tercet.algo.schedules import learning_rate
-from tercet.algo.statistics import best_of_n, best_of_n_kl, pair_accuracy
+from tercet.algo.statistics import best_of_n, best_of_n_kl
 
 VECTORS = json.loads((Path(__file__).parent / "reference_vectors.json").read_text())
 
@@ -306,7 +307,7 @@ def test_rm_loss() -> None:
     check(torch.autograd.grad(loss, scores)[0], out["grad_K4"])
     check(stats["correct"] / stats["pairs"], out["pair_accuracy_K4"])
     better, worse = (tensor([four[pair[side]] for pair in pairs]) for side in (0, 1))
-    check(pair_accuracy(better, worse), out["pair_accuracy_K4"])
+    check(float(right(better - worse).mean()), out["pair_accuracy_K4"])
     check(ranked(two)[0].detach(), out["loss_K2"])
     loss, count, _, _ = ranked(four, two)
     check(loss.detach() / count, out["batch_mean_of_prompts"])

@@ -25,7 +25,7 @@ from tercet.scoring.base import Texts
 from tercet.scoring.function import FunctionScorer
 from tercet.stages.rollout import Actors, PromptSet, Rollout, collect
 from tercet.stages.update import Trainables, UpdateProgress, update
-from tercet.types import Experience, Sequences, TokenRow
+from tercet.types import Experience, KeptPass, Sequences, TokenRow
 
 EOS = 0
 VOCABULARY = 4
@@ -179,9 +179,9 @@ def update_of(
     value_optimizer: Any = None,
     policy_learning_rate: float | None = 1e-3,
     tokens: int = 4096,
-    boundary: Callable[[UpdateProgress], None] = lambda progress: None,
+    after_step: Callable[[UpdateProgress], None] = lambda progress: None,
     progress: UpdateProgress | None = None,
-    first_logprobs: Tensor | None = None,
+    kept: Sequence[KeptPass] = (),
 ) -> UpdateProgress:
     progress = progress or UpdateProgress()
     trainables = Trainables(
@@ -192,7 +192,7 @@ def update_of(
         policy_learning_rate,
         1e-3,
     )
-    options: Any = {"iteration": 0, "seed": 0, "max_tokens": tokens, "boundary": boundary, "first_logprobs": first_logprobs}
+    options: Any = {"iteration": 0, "seed": 0, "max_tokens": tokens, "after_step": after_step, "kept": kept}
     update(experience, trainables, config, World(), progress, **options)
     return progress
 

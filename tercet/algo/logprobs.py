@@ -230,7 +230,7 @@ class _Head:
         kept: Iterator[Tensor],
         fresh: bool,
     ) -> Tensor:
-        """The gradient of the states; that of bias is added to, and that of weight, unless it is fresh: then it is written. scale:
+        """Returns the gradient of the states; adds the bias's to for_bias and the weight's to for_weight, or writes it where `fresh`. scale:
         minus the log-probabilities' own gradients, times the transform's scale, divided by the temperature.
 
         d logprob / d product = (onehot(target) - softmax) * transform.slope * transform.scale / temperature.

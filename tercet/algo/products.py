@@ -34,7 +34,9 @@ def head_centre(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
 def head_rows(weight: Tensor, dtype: torch.dtype, centre: Tensor | None) -> Tensor:
     """Rows of an output layer as products in `dtype` take them."""
     rows = weight.to(dtype)
-    return rows if centre is None else rows - centre
+    if centre is None:
+        return rows
+    return rows - centre if rows is weight else rows.sub_(centre)
 
 
 def onednn_computes(x: Tensor) -> bool:

@@ -49,16 +49,6 @@ def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def win_rate(a: Tensor, b: Tensor) -> float:
-    """Share of pairs that a wins, a tie counting half; a, b (N,) scores of the same prompts, N >= 1."""
-    return float(((a > b).double() + (a == b).double() / 2).mean())
-
-
-def pair_accuracy(better: Tensor, worse: Tensor) -> float:
-    """Share of pairs in which the preferred response scores higher, equal scores counting half; better, worse (P,), P >= 1."""
-    return win_rate(better, worse)
-
-
 def bootstrap_interval(values: Tensor, seed: int, samples: int = RESAMPLES, level: float = 0.95) -> tuple[float, float]:
     """Expanded percentile bootstrap interval (low, high) of the mean of values, resampling rows.
 
@@ -107,6 +97,12 @@ def student_quantile(freedom: int, level: float = 0.95) -> float:
     return math.fsum(term / freedom**power for power, term in enumerate(terms))
 
 
+def by_group(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count (C,), float64, of the values (N,) of each of the groups (N,) int64 that has any, in ascending order."""
+    _, places, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, places, values.double()), counts.double()
+
+
 def cluster_interval(sums: Tensor, counts: Tensor, seed: int) -> tuple[float, float]:
     """95 % bootstrap interval of sums.sum() / counts.sum(), resampling rows (C,): what hangs together, such as the pairs of one prompt.
 
@@ -127,44 +123,37 @@ def of_a_share(interval: tuple[float, float], share: float, count: int) -> tuple
     return (0.0, width) if share == 0 else (1 - width, 1.0)
 
 
-def length_controlled_win_rate(outcomes: Tensor, differences: Tensor, seed: int) -> tuple[float, float, float]:
-    """(rate, low, high): the win rate that is expected where both responses are equally long, with a 95 % bootstrap interval.
+def length_controlled_win_rate(outcomes: Tensor, differences: Tensor) -> tuple[float, float, float]:
+    """(rate, low, high): the win rate that is expected where both responses are equally long, with a 95 % interval.
 
     outcomes (N,): 1 won, 0.5 a tie, 0 lost; differences (N,): tokens of ours minus tokens of theirs. A logistic regression of the
     outcome on an intercept and on tanh(difference / its standard deviation), read off at difference 0, the main term of
     length-controlled AlpacaEval (Dubois 2024). One tie at difference 0 and a wide normal prior on the slope (standard deviation
-    10) keep it finite where every comparison was won. ValueError: no rows.
+    10) keep it finite where every comparison was won. The interval is the normal one of the log-odds, by the curvature of the
+    likelihood: wide where wins and lengths cannot be told apart, as resamples, which all look alike then, would not show.
+    ValueError: no rows.
     """
     if len(outcomes) == 0:
         raise ValueError("a win rate needs at least one comparison")
     outcomes, differences = outcomes.double(), differences.double()
     spread = differences.std(correction=0)
     lengths = torch.tanh(differences / spread) if spread > 0 else torch.zeros_like(differences)
-    whole = _regression(
-        outcomes, lengths, torch.ones(1, len(outcomes), dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
-    )
-    drawn = [_regression(outcomes, lengths, counts, whole)[0] for counts in resamples(len(outcomes), seed)]
-    return float(whole[0].sigmoid()), *percentiles(torch.cat(drawn).sigmoid(), len(outcomes))
-
-
-def _regression(outcomes: Tensor, lengths: Tensor, counts: Tensor, start: Tensor) -> Tensor:
-    """Intercept and slope (2, S) of each of the regressions weighted by counts (S, N), by Newton's method from `start` (2, 1)."""
-    intercept, slope = start.expand(2, len(counts))
+    intercept = slope = torch.zeros((), dtype=torch.float64)
     for _ in range(50):
-        chance = torch.sigmoid(intercept[:, None] + slope[:, None] * lengths)
-        tie = torch.sigmoid(intercept)
-        misses = counts * (chance - outcomes)
-        gradient = misses.sum(1) + (tie - 0.5), misses @ lengths + slope / 100
-        curvature = counts * chance * (1 - chance)
-        first = curvature.sum(1) + tie * (1 - tie)
-        mixed, second = curvature @ lengths, curvature @ lengths**2 + 1 / 100
+        chance, tie = torch.sigmoid(intercept + slope * lengths), torch.sigmoid(intercept)
+        misses, weights = chance - outcomes, chance * (1 - chance)
+        gradient = misses.sum() + (tie - 0.5), misses @ lengths + slope / 100
+        first, mixed, second = weights.sum() + tie * (1 - tie), weights @ lengths, weights @ lengths**2 + 1 / 100
         scale = first * second - mixed**2
         # A full Newton step can overshoot where chances are near 0 or 1; two units are far on a log-odds scale.
         steps = torch.stack([second * gradient[0] - mixed * gradient[1], first * gradient[1] - mixed * gradient[0]]) / scale
         intercept, slope = intercept - steps[0].clamp(-2, 2), slope - steps[1].clamp(-2, 2)
         if float(steps.abs().max()) < 1e-6:  # Newton's next step would be about its square
             break
-    return torch.stack([intercept, slope])
+    certain = bool((outcomes == 0.5).all())  # as of one policy with itself
+    error = 1.96 * (second / scale).sqrt() * (not certain)
+    low, rate, high = torch.sigmoid(torch.stack([intercept - error, intercept, intercept + error])).tolist()
+    return rate, low, high
 
 
 def tilted(scores: Tensor, values: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:

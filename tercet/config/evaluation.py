@@ -28,7 +28,9 @@ class EvaluationConfig(Section):
     batch_size: int | None = setting(
         None, "responses sampled at once, lower it when memory runs out; empty: ppo.rollout_batch_size", ge=1
     )
-    greedy: bool = setting(False, "take the likeliest token instead of sampling at the training temperature")
+    greedy: bool = setting(
+        False, "take the likeliest token instead of sampling at the training temperature; what is called KL then is none"
+    )
     judges: dict[str, RewardTerm] = setting({}, "further judges by name, beside the reward model and the second reward model")
     policies: dict[str, Path] = setting({}, "further policies by name: checkpoints that read this model's token ids")
     best_of_prompts: int = setting(

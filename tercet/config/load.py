@@ -77,6 +77,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_budget_needs_a_divergence(self) -> Config:
+        if self.evaluation.greedy and self.ppo.best_kl_budget is not None:
+            raise ValueError(
+                "ppo.best_kl_budget is about the KL of sampled responses, but evaluation.greedy takes the likeliest tokens: remove one of "
+                "the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_share_one_model(self) -> Config:
         if self.model.adapter is not None and self.ppo.policy is not None:
             raise ValueError(
@@ -154,7 +163,10 @@ def load_config(source: str | FilePath | Mapping[str, Any] | Config, overrides: 
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise TercetError("\n".join(f"{name}: {line}" for line in _explain(error))) from None
+        given = tuple(f"{override.partition('=')[0].strip()}{end}" for override in overrides for end in (":", ".", " "))
+        raise TercetError(
+            "\n".join(f"{'--set' if line.startswith(given) else name}: {line}" for line in _explain(error))
+        ) from None
 
 
 def to_yaml(config: Config) -> str:

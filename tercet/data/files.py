@@ -241,7 +241,7 @@ def _jsonl(path: Path, example: str) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
         text = _decode(path, number, line)
         if text.strip():
-            yield _row(path, number, _strict_json(f"{path}:{number}", text, example), example)
+            yield _row(path, number, _strict_json(f"{path}:{number}", text.rstrip("\r\n"), example), example)
 
 
 def _json_list(path: Path, example: str) -> Iterator[Row]:

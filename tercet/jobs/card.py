@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from tercet.algo.calibration import (
     right,
     wilson,
 )
-from tercet.algo.statistics import cluster_interval
+from tercet.algo.statistics import by_group, cluster_interval
 from tercet.data.batches import in_parts
 from tercet.data.records import read_demonstrations, sides
 from tercet.generation.sampling import uniforms
@@ -67,34 +66,27 @@ def write_card(
     scored["demonstrations"] = _scores(shop, model, _demonstrations(shop, model))
     scored["sft"] = _scores(shop, model, samples)
     card["histograms"] = histograms({name: values for name, values in scored.items() if values})
+    if model.offset and scale == (
+        1.0,
+        0.0,
+    ):  # normalised: its differences are not those of the ranking loss, which a temperature is about
+        card = {name: value for name, value in card.items() if name not in ("temperature", "calibration_error", "by_confidence")}
     if shop.world.is_main:
         write_json(path, card)
     known = ("accuracy", "accuracy_low", "accuracy_high")  # the summary has them as reward.eval_accuracy
     return {f"reward.{name}": value for name, value in card.items() if isinstance(value, float) and name not in known}
 
 
-def card_of_finished(shop: Workshop) -> Figures:
-    """evaluation/reward_card.json, for a reward model that another run, or an earlier version, has trained: nothing is trained for it.
-
-    Of another run's model the summary has no accuracy yet: it is among the figures, if any pair was held out.
-    """
-    card = shop.folder / "evaluation/reward_card.json"
+def card_of_another_run(shop: Workshop) -> Figures:
+    """evaluation/reward_card.json for the model of reward.use, and its figures; its accuracy among them if any pair was held out."""
     sets, model = comparison_sets(shop.config), shop.load_scorer(shop.reward_source)
-    scores, done = shop.folder / "reward/held_out.json", shop.folder / "reward/done.json"
-    if shop.config.reward.use is None and scores.exists() and done.exists():
-        pairs = json.loads(scores.read_text(encoding="utf-8"))
-        figures = json.loads(done.read_text(encoding="utf-8"))["figures"]
-        scale = figures.get("reward.normalisation_gain", 1.0), figures.get("reward.normalisation_bias", 0.0)
-        return write_card(shop, card, model, sets, pairs, sft_samples(shop), scale)
     data = tokenise_comparisons(sets.held_out, shop.template, shop.config.reward.max_length)
     pairs = score_pairs(data, score_responses(shop.stage_run("reward", "reward"), model, data))
-    found = write_card(shop, card, model, sets, pairs, sft_samples(shop))
-    if shop.config.reward.use is not None and pairs:
+    found = write_card(shop, shop.folder / "evaluation/reward_card.json", model, sets, pairs, sft_samples(shop))
+    if pairs:
         low, high = accuracy_interval(pairs, shop.config.seed)
         found |= {"reward.eval_accuracy": float(_column(pairs, "correct").mean()), "reward.eval_pairs": len(pairs)}
         found |= {"reward.eval_accuracy_low": low, "reward.eval_accuracy_high": high}
-    if model.offset:  # normalised: its differences are no longer those of the ranking loss, which a temperature is about
-        found = {name: value for name, value in found.items() if name not in ("reward.temperature", "reward.calibration_error")}
     return found
 
 
@@ -105,7 +97,7 @@ def accuracy_figures(pairs: Sequence[Pair], held_out: Sequence[Comparison], seed
     """
     differences = _column(pairs, "better") - _column(pairs, "worse")
     correct, groups = right(differences), torch.tensor([pair["comparison"] for pair in pairs])
-    sums, counts = _by_group(correct, groups), _by_group(torch.ones_like(correct), groups)
+    sums, counts = by_group(correct, groups)
     low, high = accuracy_interval(pairs, seed)
     chance_low, chance_high = chance_accuracy(sums, counts, seed)
     confidence = confidence_bins(differences)
@@ -134,7 +126,7 @@ def length_figures(pairs: Sequence[Pair], train: Sequence[Comparison], seed: int
     tokens = torch.cat([_column(pairs, "better_tokens"), _column(pairs, "worse_tokens")])
     by_length = right(longer * _length_sign(train))
     gap = correct - by_length
-    low, high = cluster_interval(_by_group(gap, groups), _by_group(torch.ones_like(gap), groups), seed)
+    low, high = cluster_interval(*by_group(gap, groups), seed)
     figures: Figures = {"length_accuracy": float(by_length.mean()), "length_correlation": correlation(scores, tokens)}
     figures |= {"over_length": float(gap.mean()), "over_length_low": low, "over_length_high": high}
     for name, which in (("longer_better", longer > 0), ("longer_worse", longer < 0)):
@@ -199,12 +191,8 @@ def _scores(shop: Workshop, model: ScoreModel, sequences: Sequences | None) -> l
 
 def _length_sign(train: Sequence[Comparison]) -> float:
     """1 where the longer response is preferred more often than not, else -1."""
-    total = 0
-    for record in train:
-        for better, rank in zip(record.responses, record.ranks):
-            for worse, other in zip(record.responses, record.ranks):
-                total += (rank < other) * ((len(better) > len(worse)) - (len(better) < len(worse)))
-    return 1.0 if total >= 0 else -1.0
+    pairs = [(len(better), len(worse)) for record in train for better, worse in record.pairs()]
+    return 1.0 if sum((better > worse) - (better < worse) for better, worse in pairs) >= 0 else -1.0
 
 
 def _share(correct: Tensor) -> Figures:
@@ -215,9 +203,3 @@ def _share(correct: Tensor) -> Figures:
 
 def _column(pairs: Sequence[Pair], key: str) -> Tensor:
     return torch.tensor([pair[key] for pair in pairs], dtype=torch.float64)
-
-
-def _by_group(values: Tensor, groups: Tensor) -> Tensor:
-    """The sums of the values of each group that has any."""
-    _, places = torch.unique(groups, return_inverse=True)
-    return torch.zeros(int(places.max()) + 1, dtype=torch.float64).index_add_(0, places, values.double())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tercet.algo.advantages import combine_score
 from tercet.config import Config
-from tercet.jobs.card import card_of_finished
+from tercet.jobs.card import card_of_another_run
 from tercet.jobs.comparisons import comparison_sets
 from tercet.jobs.frontier import best_of_n_figures, path_of_ppo
 from tercet.jobs.kept import Kept, Row
@@ -53,6 +55,7 @@ def run_evaluate(shop: Workshop) -> Figures:
     of_main = {name: [rows[i] for i in main] for name, rows in responses.items()}
     policies, won = compare(of_main, names, config.seed)
     figures = _flat(policies, won) | {"evaluation.held_out": float(bool(prompt_sides(config)[1]))}
+    figures["evaluation.greedy"] = float(sampling.greedy)
     for group, places in groups.items():
         part = compare({name: [rows[i] for i in places] for name, rows in responses.items()}, names, config.seed)
         figures |= {f"{key}[{group}]": value for key, value in _flat(*part).items()}
@@ -60,7 +63,7 @@ def run_evaluate(shop: Workshop) -> Figures:
     path = path_of_ppo(of_main["sft"], of_main["ppo"], config.ppo.iterations, evaluations, ["score", *names], config.seed)
     yardstick = best_of_n_figures(draws, ["score", *names], MOST_OF_N, config.seed)
     if config.data.comparisons is not None and config.reward.use is not None:
-        figures |= card_of_finished(shop)
+        figures |= card_of_another_run(shop)
     if shop.world.is_main:
         folder = shop.folder / "evaluation"
         write_json(folder / "policies.json", policies)
@@ -120,7 +123,7 @@ def _judged(
         kept = Kept(shop, name, source)
         journey = Journey(kept.rows(), kept.keep, bar.advance_by)
         responses[name] = judged(sampled.pop(name), reference, prompts, judges, sampling, shop.world, journey=journey)
-    kept, count = Kept(shop, "best_of_n"), shop.config.evaluation.best_of_samples
+    kept, count = Kept(shop, "best_of_n.draws"), shop.config.evaluation.best_of_samples
     journey, generator = Journey(kept.rows(), kept.keep, bar.advance_by), shop.generator(reference)
     draws = draw(generator, prompts, judges, sampling, count, shop.world, places=places, journey=journey)
     return responses, draws, list(judges.others)
@@ -137,7 +140,9 @@ def judges_of(shop: Workshop, score: Scorer) -> Judges:
     others |= {name: shop.scorer([term]) for name, term in shop.config.evaluation.judges.items()}
     if shop.config.evaluation.gold:
         others["gold"] = FunctionScorer(load_function(shop.config.evaluation.gold), name=shop.config.evaluation.gold)
-    return Judges(score, others)
+    ppo = shop.config.ppo
+    rules = {name: getattr(ppo, name) for name in ("score_clip", "missing_eos_penalty", "missing_eos_score")}
+    return Judges(score, others, functools.partial(combine_score, **rules))
 
 
 def sampling_of(shop: Workshop) -> Sampling:
@@ -162,8 +167,7 @@ def _flat(policies: dict[str, Any], won: dict[str, Any]) -> Figures:
             key = f"{stem}.{policy}{'_std' if name.endswith('_std') else ''}" if stem in judges else f"{policy}.{name}"
             figures[key] = value
     for name, values in won.items():
-        prefix = "score." if name == "score" else f"{name}."
-        figures |= _win_figures(prefix, values)
+        figures |= _win_figures(f"{name}.", values)
     if won:
         headline = "judge" if "judge" in won else "score"
         figures |= _win_figures("", won[headline])
@@ -190,6 +194,6 @@ def _write_samples(
         for name, rows in responses.items():
             row = rows[place]
             line[name] = row["response"]
-            line |= {f"{name}_{key}": row[key] for key in ("score", "kl", "length", "finished", *judges)}
+            line |= {f"{name}_{key}": row[key] for key in ("score", "combined", "kl", "length", "finished", *judges)}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))

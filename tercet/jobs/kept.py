@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tercet.errors import Interrupted
 from tercet.jobs.workshop import Workshop
-from tercet.runtime.interrupted import Interrupted
 from tercet.runtime.metrics import JsonLines
 
 Row = dict[str, Any]

@@ -17,7 +17,9 @@ from tercet.models.attention import keeps_weights
 from tercet.models.kernels import MOST_PACKED
 from tercet.models.load import without_weights
 from tercet.models.precision import linear_layers
+from tercet.models.roles import kept_bytes
 from tercet.runtime.machine import Machine
+from tercet.stages.rollout import MOST_KEPT
 
 MIB, GIB = 2**20, 2**30
 PROCESS = 500 * MIB  # Python with its libraries, oneDNN's kernels for every shape, gaps in the heap
@@ -86,8 +88,9 @@ class Load:
 
     dtype of matrix products; adapter: its rank, None for full training; tokens: of the largest micro-batch of each stage, padding
     counted; longest: text of each stage, in tokens; rows, row_tokens: responses that are sampled together, and the longest text of
-    them; recompute: whether layers keep their inputs alone; evaluated: responses that evaluation samples together, where they are others;
-    interpolated: whether PPO's policy is in memory twice when it is evaluated, once in the room of its gradients.
+    them; recompute: whether layers keep nothing but their inputs; evaluated: responses that evaluation samples together, where they are
+    others; interpolated: whether PPO's policy is in memory twice when it is evaluated, once in the room of its gradients; one_step:
+    whether a PPO epoch is one optimizer step; looks: whether PPO evaluates while it trains, and judge: by a second reward model too.
     """
 
     dtype: torch.dtype
@@ -99,6 +102,9 @@ class Load:
     recompute: bool = False
     evaluated: int | None = None
     interpolated: bool = False
+    one_step: bool = False
+    looks: bool = False
+    judge: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,13 @@ def needs(shape: Shape, load: Load) -> list[Need]:
 
 def _need(stage: str, shape: Shape, load: Load) -> Need:
     adapter = None if stage == "pretrain" else load.adapter
-    policies, scorers = {"ppo": (1, 1), "evaluate": (1, 2)}.get(stage, (0, 0))  # that learn nothing
+    policies, scorers = {"ppo": (1, 1 + (load.looks and load.judge)), "evaluate": (1, 2)}.get(stage, (0, 0))  # that learn nothing
     trained = {"ppo": 2, "evaluate": 0}.get(stage, 1)
     working = _activations(stage, shape, load) if trained else 0
-    rows = load.evaluated if stage == "evaluate" and load.evaluated else load.rows
+    if stage == "ppo" and load.one_step:
+        working += _first_passes(shape, load)
+    evaluated = load.evaluated or load.rows
+    rows = evaluated if stage == "evaluate" else max(load.rows, evaluated) if stage == "ppo" and load.looks else load.rows
     sampling = _sampling(shape, load, rows) if stage in ("reward", "ppo", "evaluate") else 0
     if adapter is None:
         learned = _wide(load.dtype) * shape.parameters
@@ -183,8 +192,26 @@ def _activations(stage: str, shape: Shape, load: Load) -> int:
     kept = load.tokens[stage] * (layer + shape.layers * wide * shape.width if load.recompute else shape.layers * layer)
     if stage == "reward":
         return kept
-    logits = 0 if load.adapter is not None and stage != "pretrain" else min(load.tokens[stage], shape.width) * shape.vocabulary
+    logits = 0 if load.adapter is not None and stage != "pretrain" else _logits(shape, load.tokens[stage])
     return kept + narrow * (logits + 2 * HEAD_CHUNK)
+
+
+def _first_passes(shape: Shape, load: Load) -> int:
+    """The graphs of the rollout's forward passes that wait for the first optimizer step, beside the one that an update has in memory
+    anyway (stages/rollout.py `Room`)."""
+    tokens = load.tokens["ppo"]
+    value_model = kept_bytes(shape.adapter, tokens, load.dtype)
+    policy = value_model + (_logits(shape, tokens) * _narrow(load.dtype) if load.adapter is None else 0)
+    waiting = [value_model, policy] * -(-load.rows * load.row_tokens // tokens)
+    kept = 0
+    for size in waiting[:-1]:  # the first is a policy's, which an update holds anyway
+        kept += size if kept + size <= MOST_KEPT else 0
+    return kept
+
+
+def _logits(shape: Shape, tokens: int) -> int:
+    """Numbers that a head which learns keeps for its backward pass (algo/logprobs.py)."""
+    return min(tokens, shape.width) * shape.vocabulary
 
 
 def _sampling(shape: Shape, load: Load, rows: int) -> int:
@@ -217,4 +244,9 @@ def load_of(config: Config, machine: Machine, stages: Mapping[str, int], longest
     recompute = config.machine.activation_checkpointing
     rows, evaluated = config.ppo.rollout_batch_size, config.evaluation.batch_size
     interpolated = config.ppo.interpolation < 1 and adapter is None
-    return Load(machine.dtype, adapter, tokens, longest, rows, response, recompute, evaluated, interpolated)
+    one_step = config.ppo.minibatch == rows
+    looks = config.ppo.evaluate_every > 0
+    judge = config.reward.judge and config.reward.use is None and config.data.comparisons is not None
+    return Load(
+        machine.dtype, adapter, tokens, longest, rows, response, recompute, evaluated, interpolated, one_step, looks, judge
+    )

@@ -84,6 +84,11 @@ def outlook(
             "warning",
             "machine.dtype: this processor has no bfloat16 and only imitates it, many times slower than float32: set machine.dtype: auto",
         )
+    if machine.device.type == "cpu" and machine.threads > (os.cpu_count() or machine.threads):
+        yield Check(
+            "warning",
+            f"machine.threads: {machine.threads} threads on {os.cpu_count()} cores wait for one another: set machine.threads: auto",
+        )
     free = free_memory(machine.device)
     for need in memory(config, stages, lengths, machine, base):
         if free is not None and need.total > free:
@@ -102,7 +107,10 @@ def _less_memory(stage: str, config: Config) -> str:
     if stage != "pretrain" and config.model.adapter is None:
         ways.insert(0, "set model.adapter")
     if stage in ("ppo", "evaluate"):
-        ways.insert(-1, f"lower {'evaluation.batch_size' if stage == 'evaluate' else 'ppo.rollout_batch_size'}")
+        of_evaluation = stage == "evaluate" or (
+            config.ppo.evaluate_every and config.evaluation_batch > config.ppo.rollout_batch_size
+        )
+        ways.insert(-1, f"lower {'evaluation.batch_size' if of_evaluation else 'ppo.rollout_batch_size'}")
     return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 
 
@@ -188,7 +196,7 @@ def _prompt_cuts(stage: str, found: Lengths, config: Config) -> Iterator[Check]:
 
 
 def _counts(name: str, sources: Mapping[str, Any], config: Config) -> Iterator[Check]:
-    train, held_out = _sides(name, sources, config)
+    train, held_out = sides_of(name, sources, config)
     own = KINDS[name] in sources
     where = f"data.{KINDS[name]} to measure on" if own else "held out by the prompt's hash"
     yield Check("ok", f"data.{name}: {len(train)} records to train on and {len(held_out)} {where}")
@@ -217,7 +225,7 @@ def _counts(name: str, sources: Mapping[str, Any], config: Config) -> Iterator[C
         yield Check(
             "warning",
             f"data.{name}: nothing is held out, so nothing can be measured on texts that were not trained on: set data.{KINDS[name]}, or "
-            "give at least 20 records and data.held_out",
+            "give at least 20 records with different prompts, and data.held_out",
         )
 
 
@@ -225,23 +233,23 @@ def _comparisons(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:
     records = sources["comparisons"]
     for reason, count in records.dropped.items():
         yield Check("warning", f"data.comparisons: {count} records are not used because {reason}: repair or remove them")
-    if len(records) < FEW_COMPARISONS:
+    preferring = sum(len(set(record.ranks)) > 1 for record in records)
+    if preferring < len(records) / 2:
         yield Check(
             "warning",
-            f"data.comparisons: {len(records)} are few; a reward model from under {FEW_COMPARISONS} is mostly noise: collect more",
+            f"data.comparisons: {len(records) - preferring} of {len(records)} are ties alone, of which nothing is learned: give more that "
+            "prefer one response",
         )
-    judge = (
-        judge_split(_sides("comparisons", sources, config)[0])[1] if config.reward.judge else []
-    )  # as jobs/comparisons.py does
+    if preferring < FEW_COMPARISONS:
+        yield Check(
+            "warning",
+            f"data.comparisons: {preferring} are few; a reward model from under {FEW_COMPARISONS} is mostly noise: collect more",
+        )
+    # As jobs/comparisons.py does.
+    judge = judge_split(sides_of("comparisons", sources, config)[0])[1] if config.reward.judge else []
     second = f"{len(judge)} comparisons go to a second reward model that judges the first" if judge else "no second reward model"
     yield Check("ok", f"reward: {second}")
-    pairs = [
-        (record.prompt, better, worse)
-        for record in records
-        for better, rank in zip(record.responses, record.ranks)
-        for worse, other in zip(record.responses, record.ranks)
-        if rank < other
-    ]
+    pairs = [(record.prompt, *pair) for record in records for pair in record.pairs()]
     said = set(pairs)
     denied = sum((prompt, worse, better) in said for prompt, better, worse in pairs)
     if denied > CONTRADICTED * len(pairs):
@@ -271,7 +279,7 @@ def _repeats_its_prompt(record: Any) -> bool:
 def leaks(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:
     """A warning for each set of held-out records whose prompts stand in a file of the same or an earlier stage: what is measured on them
     has learned from them."""
-    sides = {name: _sides(name, sources, config) for name in KINDS if name in sources}
+    sides = {name: sides_of(name, sources, config) for name in KINDS if name in sources}
     trained = {name: {_asked(record) for record in train} for name, (train, _) in sides.items()}
     for place, (name, (_, held_out)) in enumerate(sides.items()):
         asked = {_asked(record) for record in held_out}
@@ -286,7 +294,7 @@ def leaks(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:
             )
 
 
-def _sides(name: str, sources: Mapping[str, Any], config: Config) -> tuple[Sequence[Any], Sequence[Any]]:
+def sides_of(name: str, sources: Mapping[str, Any], config: Config) -> tuple[Sequence[Any], Sequence[Any]]:
     """Records to train on, and held out."""
     if KINDS[name] in sources:
         return sources[name], sources[KINDS[name]]

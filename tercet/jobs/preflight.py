@@ -1,5 +1,5 @@
 """What a stage would trip over, looked at before the first one trains: records, functions, the machine, architectures, checkpoints,
-templates, lengths. All of it are mistakes; what only deserves a warning is in jobs/outlook.py."""
+templates, lengths. Everything found here stops the run; what only deserves a warning is in jobs/outlook.py."""
 
 from __future__ import annotations
 
@@ -109,6 +109,13 @@ def _check_fields(function: RewardFunction, name: str, prompts: Iterable[Prompt]
                 f"{origin}: the field {field!r} cannot be given to the function {name} ({error}), which is called as function(prompts, "
                 "responses, **fields): rename or remove the field, or change the function's arguments"
             ) from None
+    try:
+        call.bind([], [], **{field: [] for field in origins})
+    except TypeError as error:
+        raise TercetError(
+            f"the function {name} cannot be called ({error}): no prompt has such a field; those of the prompts are called "
+            f"{', '.join(sorted(origins)) or 'nothing, for there are none'}. Add it to data.prompts, or give the argument a default"
+        ) from None
 
 
 def check_models(config: Config, stages: Sequence[str], base: str | None, sources: Sources) -> None:

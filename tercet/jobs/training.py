@@ -39,10 +39,9 @@ Figures = dict[str, Any]
 def create_scratch(config: Config, folder: Path) -> None:
     """Train a tokenizer on the run's own text and make a model with random weights."""
     scratch = config.model.scratch
-    source = config.data.pretrain or config.data.sft
-    if scratch is None or source is None:
-        raise TercetError("model.scratch needs text to train its tokenizer on: set data.pretrain or data.sft")
-    records = [*read_demonstrations(source), *(read_demonstrations(config.data.sft) if config.data.sft else [])]
+    assert scratch is not None
+    sources = [source for source in (config.data.pretrain, config.data.sft) if source]  # one of them at least (config/load.py)
+    records = [record for source in sources for record in read_demonstrations(source)]
     tokenizer = train_tokenizer((_whole_text(record) for record in records), scratch.vocab_size)
     model = new_causal_lm(scratch.architecture, scratch.options, tokenizer, positions=config.positions, seed=config.seed)
     temporary = folder_beside(folder)
@@ -92,14 +91,13 @@ def run_reward(shop: Workshop) -> Figures:
     comparisons = comparison_sets(config)
     samples = sft_samples(shop)
     figures: Figures = {"reward.dropped": comparisons.dropped}
-    for name, records in (("reward", comparisons.train), ("judge", comparisons.judge)):
+    roles = (("reward", "reward", comparisons.train), ("judge", "reward/judge", comparisons.judge))
+    for seed, (name, folder, records) in enumerate(roles, start=config.seed):
         if not records:
             continue
         model = shop.load_scorer(shop.sft_source, frozen=False, num_labels=1)
-        init_score_head(model.head, torch.Generator().manual_seed(config.seed + (name == "judge")))
-        folder = "reward" if name == "reward" else "reward/judge"
+        init_score_head(model.head, torch.Generator().manual_seed(seed))
         run = shop.stage_run(name, folder)
-        seed = config.seed if name == "reward" else config.seed + 1
         trained, pairs = train_reward_model(run, config.reward, model, shop.template, records, comparisons.held_out, seed=seed)
         if samples is not None:
             trained |= normalise(model, samples, shop.machine.microbatch_tokens)
@@ -113,7 +111,7 @@ def run_reward(shop: Workshop) -> Figures:
         else:
             figures |= {key.replace("reward.", "judge."): value for key, value in trained.items()}
         about = "A reward model trained on comparisons by Tercet. Score = logit + score_offset of config.json."
-        shop.write_scorer(model, shop.folder / ("reward/model" if name == "reward" else "reward/judge/model"), about)
+        shop.write_scorer(model, run.folder / "model", about)
     return figures
 
 

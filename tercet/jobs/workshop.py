@@ -73,11 +73,11 @@ class Workshop:
             self.machine,
             checkpoint.every,
             checkpoint.keep,
-            counter,
-            self.interrupt,
-            checkpoint.every_minutes,
-            self.config.trackers,
-            self.folder.name,
+            counter=counter,
+            interrupt=self.interrupt,
+            checkpoint_minutes=checkpoint.every_minutes,
+            trackers=self.config.trackers,
+            group=self.folder.name,
         )
 
     @property
@@ -147,12 +147,11 @@ class Workshop:
         """PPO's policy as it is evaluated and saved: ppo.interpolation of the way from what it began as."""
         source = self.config.ppo.policy or self.sft_source
 
-        @functools.cache
         def start() -> Callable[[str], Tensor]:
             found = parameters_of(policy.model, source)
             return found or dict(self._causal_lm(source).named_parameters()).__getitem__
 
-        return interpolated(policy, lambda name: start()(name), self.config.ppo.interpolation)
+        return interpolated(policy, start, self.config.ppo.interpolation)
 
     def _to_train(self, role: Role) -> Role:
         if self.config.machine.activation_checkpointing and not recompute_activations(role.model):

@@ -12,22 +12,24 @@ from tercet.models.roles import Policy
 
 
 @contextlib.contextmanager
-def interpolated(policy: Policy, start: Callable[[str], Tensor], weight: float) -> Iterator[None]:
+def interpolated(policy: Policy, start: Callable[[], Callable[[str], Tensor]], weight: float) -> Iterator[None]:
     """Let each weight of a policy that learns be start + weight * (own - start), and its own again afterwards, to the bit.
 
-    start(name) gives a parameter's value at the start; an adapter's start is its backbone, and is not asked for. Meanwhile all that is
-    trained is in memory twice.
+    start() gives what gives a parameter's value at the start by its name; an adapter's start is its backbone, and is not asked for.
+    Meanwhile all that is trained is in memory twice.
     """
     if weight == 1.0:
         yield
         return
     trained = {name: parameter.data for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
     own = {name: tensor.clone() for name, tensor in trained.items()}
+    value_at_start = start() if policy.merge is None else None
     for name, tensor in trained.items():
-        if policy.merge is None:
-            tensor.copy_(torch.lerp(start(name).to(tensor), tensor, weight))
+        if value_at_start is not None:
+            tensor.copy_(torch.lerp(value_at_start(name).to(tensor), tensor, weight))
         elif ".lora_B." in name:  # a product of two matrices, of which the second began as zeros
             tensor.mul_(weight)
+    del value_at_start  # it may hold a whole model
     try:
         yield
     finally:

@@ -217,7 +217,7 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
     """Let the linear layers of a model that computes in `dtype` multiply about `rows` rows at a time from a copy of their weights:
     rounded to bfloat16 where it computes so, on a CPU in oneDNN's own layout. For inference alone: the copy neither gives gradients nor
     follows changes. head: the output layer where only a softmax sees its logits, computed without what its rows have in common
-    (head_centre). What a frozen model holds in bfloat16 anyway is copied up to MOST_PACKED bytes only, or else not at all.
+    (head_centre). Weights that a frozen model holds in bfloat16 already are copied only if all of them take at most MOST_PACKED bytes.
 
     oneDNN brings a weight into that layout at every product, which takes as long as multiplying a few rows: a decoding step of
     GPT-2 with 16 rows took 32 instead of 39 ms.

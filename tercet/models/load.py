@@ -163,7 +163,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     entries = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps, so their number says nothing
     if entries > rows:
         raise TercetError(
-            f"{source}: the tokenizer needs {entries} embedding rows but the model has only {rows}: they do not belong together"
+            f"{source}: the tokenizer needs {entries} embedding rows but the model has only {rows}: they do not belong together; or give the "
+            f"model the rows that it lacks, model.resize_token_embeddings({entries}), and save it again"
         )
 
 

@@ -18,7 +18,7 @@ from tercet.models.rows import as_rows
 _SIMILAR = 0.75  # texts of a group are at least this share of its longest
 # Few shapes for oneDNN, as of all products (spare_rows).
 _LENGTHS = 8  # lengths of groups are a multiple of this
-_ROWS = 4  # texts of groups of several times as many, of this
+_ROWS = 4  # and so is a group's number of texts, where it is more than twice this
 
 
 @dataclass(frozen=True)

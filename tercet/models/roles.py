@@ -80,11 +80,24 @@ class _Role(nn.Module):
         weights = sum(module.weight.numel() for module in linear_layers(self.model.base_model))
         return 2 * (weights * tokens + head.weight.numel() * head_tokens)
 
+    def kept_bytes(self, tokens: int, head_tokens: int) -> int:
+        """About what a forward over `tokens` tokens keeps for its backward pass, `head_tokens` of which reach the head."""
+        features = sum(sum(module.weight.shape) for module in linear_layers(self.model.base_model))
+        head: Any = self.head
+        logits = min(head_tokens, head.in_features) * head.out_features if head.weight.requires_grad else 0  # algo/logprobs.py
+        return kept_bytes(features, tokens, self.compute_dtype) + logits * self.compute_dtype.itemsize
+
     def full_precision(self) -> PreTrainedModel:
         """The model to be saved, with float32 weights; of a role that learns."""
         if self.merge is not None:
             return self.merge()
         return copy.deepcopy(self.model).float() if self.compute_dtype is torch.float64 else self.model
+
+
+def kept_bytes(features: int, tokens: int, dtype: torch.dtype) -> int:
+    """About what a forward over `tokens` tokens keeps for its backward pass: the `features` numbers a token that go into a trunk's linear
+    layers and come out, and a quarter of that in what lies between."""
+    return tokens * features * dtype.itemsize * 5 // 4
 
 
 class Policy(_Role):

@@ -70,7 +70,12 @@ def sentences(run: RunData) -> list[str]:
         number(run.card.get(key)) for key in ("calibration_error", "temperature", "length_correlation")
     )
     said = []
-    if error is not None and temperature is not None:
+    if error is not None and temperature is not None and not 0.011 < temperature < 99:  # the ends of its search
+        said.append(
+            f"Its probabilities are off by {percent(error)} on average; how sure it may be cannot be told from these pairs: nearly all of "
+            "them are ranked right, or its scores say nothing of them."
+        )
+    elif error is not None and temperature is not None:
         manner = (
             "well calibrated"
             if 0.8 <= temperature <= 1.25
@@ -105,22 +110,21 @@ def _part(part: object, name: str, note: str) -> list[tuple[str, str, list[str]]
     ]
 
 
-def _bins(card: Record, key: str) -> tuple[list[float], Line] | None:
-    """The bins' means and a line of their accuracies with intervals."""
+def _bins(card: Record, key: str) -> Line | None:
+    """The accuracies of bins against their means, with intervals."""
     names = ("mean", "accuracy", "low", "high")
     rows = [[number(one.get(name)) for name in names] for one in records(card.get(key))]
     whole = [[value for value in row if value is not None] for row in rows if None not in row]
     if not whole:
         return None
     means, accuracies, lows, highs = zip(*whole)
-    return list(means), Line(means, accuracies, "accuracy", "main", lows, highs)
+    return Line(means, accuracies, "accuracy", "main", lows, highs)
 
 
 def _reliability(card: Record) -> Plot | None:
-    found = _bins(card, "by_confidence")
-    if found is None:
+    line = _bins(card, "by_confidence")
+    if line is None:
         return None
-    _, line = found
 
     def paint(axes: matplotlib.axes.Axes) -> None:
         axes.plot([0.5, 1], [0.5, 1], color=RULE, linewidth=0.9, dashes=(4, 3), zorder=1.5)
@@ -137,10 +141,9 @@ def _reliability(card: Record) -> Plot | None:
 
 
 def _margins(card: Record) -> Plot | None:
-    found = _bins(card, "by_margin")
-    if found is None:
+    line = _bins(card, "by_margin")
+    if line is None:
         return None
-    _, line = found
 
     def paint(axes: matplotlib.axes.Axes) -> None:
         axes.axhline(0.5, color=RULE, linewidth=0.9, dashes=(4, 3), zorder=1.5)

@@ -258,12 +258,12 @@ CAUSES: dict[str, Cause] = {
     ),
     "win_by_length": Cause(
         "ppo",
-        "PPO wins by length alone",
+        "PPO may win by length alone",
         "lower end of the interval of the length-controlled win rate (where that of the plain one is above a half)",
         "below",
         None,
         0.5,
-        "Once lengths are controlled for nothing is left: balance the lengths of chosen and rejected responses.",
+        "Once lengths are controlled for it may be no win: balance the lengths of chosen and rejected responses.",
     ),
     "judge_disagrees": Cause(
         "ppo",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import matplotlib
 from tercet.report import tables
 from tercet.report.curves import CURVES, Plot
 from tercet.report.findings import Finding, judged_by
-from tercet.report.frontier import line_of_gains, root_ticks
+from tercet.report.frontier import line_of_gains, paint_gains
 from tercet.report.load import RunData, load_run, records
 from tercet.report.page import fill, sentence, write_page
-from tercet.report.plots import COLOURS, Line, draw_line, dress, paint_svg, smooth, thin
+from tercet.report.plots import COLOURS, Line, dress, paint_svg, smooth, thin
 from tercet.report.tables import Table
 from tercet.report.text import percent, plain, short
 from tercet.report.verdict import verdict
@@ -64,6 +65,9 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
     if not 2 <= len(folders) <= MOST:
         raise ValueError(f"a comparison takes 2 to {MOST} runs, not {len(folders)}")
     names = _names(folders)
+    for folder in folders:
+        if folder.is_dir() and not (folder / "config.yaml").exists():
+            raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
     loaded = [load_run(folder) for folder in folders]
     columns = [Column(name, role, run, verdict(run)) for name, role, run in zip(names, ROLES, loaded)]
     page = fill(
@@ -146,13 +150,7 @@ def _gains(columns: Sequence[Column], judge: str) -> Plot | None:
     if not lines:
         return None
 
-    def paint(axes: matplotlib.axes.Axes) -> None:
-        for line in lines:
-            draw_line(axes, line)
-        dress(axes, "KL from SFT, nats a response (root scale)", lines, share=False)
-        root_ticks(axes, max(x for line in lines for x in line.xs) ** 2)
-
-    name = tables.judge_name(judge)
+    name, paint = tables.judge_name(judge), partial(paint_gains, lines=lines)
     return _plot(f"gain-{judge}", name[:1].upper() + name[1:], "gain over SFT on the same prompts", lines, short, paint)
 
 

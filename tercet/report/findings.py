@@ -35,7 +35,8 @@ Rule = Callable[[RunData], Iterable[Finding]]
 
 
 def fault(rule: str, value: float, text: str, figure: str, *, stage: str = "", level: Level | None = None) -> Iterable[Finding]:
-    """The finding of that cause if the value is beyond one of its thresholds, else nothing. level: where it depends on more than that."""
+    """The finding of that cause if the value is beyond one of its thresholds, else nothing. level: in place of the
+    threshold's, where more than the value decides."""
     cause = CAUSES[rule]
     found = cause.level(value)
     if found is not None:

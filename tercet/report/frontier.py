@@ -98,10 +98,7 @@ def _plot(run: RunData, judge: str, more: bool) -> Plot | None:
             at, low, high = turn
             axes.axvspan(math.sqrt(low), math.sqrt(high), color=RULE, alpha=0.15, linewidth=0, zorder=1)
             axes.axvline(math.sqrt(at), color=RULE, linewidth=0.9, dashes=(4, 3), zorder=1.5)
-        for line in lines:
-            draw_line(axes, line)
-        dress(axes, "KL from SFT, nats a response (root scale)", lines, share=False)
-        root_ticks(axes, max(x for line in lines for x in line.xs) ** 2)
+        paint_gains(axes, lines)
 
     title, latest = judge_name(judge), lines[0].ys[-1]
     title = title[:1].upper() + title[1:]
@@ -150,9 +147,12 @@ def _turn(run: RunData, judge: str) -> tuple[float, float, float] | None:
     return max(0.0, at), max(0.0, min([at, *kls])), max(0.0, max([at, *kls]))
 
 
-def root_ticks(axes: matplotlib.axes.Axes, most: float) -> None:
-    """Whole or round numbers of nats at their places on a root scale."""
-    ticks = [
-        value for value in MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(0, max(most, 1e-3)) if 0 <= value <= most * 1.02
-    ]
+def paint_gains(axes: matplotlib.axes.Axes, lines: Sequence[Line]) -> None:
+    """Lines of `line_of_gains`, with whole or round numbers of nats at their places on the root scale."""
+    for line in lines:
+        draw_line(axes, line)
+    dress(axes, "KL from SFT, nats a response (root scale)", lines, share=False)
+    most = max(x for line in lines for x in line.xs) ** 2
+    found = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(0, max(most, 1e-3))
+    ticks = [value for value in found if 0 <= value <= most * 1.02]
     axes.set_xticks([math.sqrt(value) for value in ticks], [f"{value:g}" for value in ticks], color=INK)

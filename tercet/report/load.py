@@ -24,8 +24,8 @@ class RunData:
     summary: flat keys ("ppo.kl"), values that belong to one group of prompts as "win_rate[group]". metrics and timings: stage ->
     lines in file order. policies: name ("sft", "ppo", "base") -> figures. wins: judge -> {"win_rate", "low", "high", "n"}.
     samples: one record a held-out prompt. evaluations: those made during PPO, each value a list over prompts. card, path, best_of_n:
-    the files of that name (docs/metrics.md). prints: stage -> fingerprint of what it was made from. problems: one sentence for each
-    file or line that could not be read.
+    the files of that name (docs/metrics.md). prints: stage -> fingerprint of what it was made from. unfinished: the stage that has begun and
+    not ended. problems: one sentence for each file or line that could not be read.
     """
 
     name: str = "run"
@@ -41,6 +41,7 @@ class RunData:
     path: Record = field(default_factory=dict)
     best_of_n: Record = field(default_factory=dict)
     prints: dict[str, Record] = field(default_factory=dict)
+    unfinished: str | None = None
     problems: list[str] = field(default_factory=list)
 
     def value(self, key: str) -> float | None:
@@ -118,6 +119,8 @@ def load_run(folder: Path) -> RunData:
     run.best_of_n = _object(folder, "evaluation/best_of_n.json", problems)
     for stage, place in (*((stage, stage) for stage in STAGES), ("evaluate", "evaluation")):
         run.prints |= _records({stage: _object(folder, f"{place}/done.json", problems).get("fingerprint")})
+    ended = {stage for stage in STAGES if (folder / stage / "done.json").exists() or f"{stage}.seconds" in run.summary}
+    run.unfinished = next((stage for stage in STAGES if run.metrics[stage] and stage not in ended), None)
     return run
 
 

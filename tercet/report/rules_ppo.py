@@ -30,8 +30,9 @@ def _score_constant(run: RunData) -> Iterable[Finding]:
 
 
 def final_kl(run: RunData) -> float | None:
-    """Policy against reference at the end, nats per response: as evaluated, else the mean of the last tenth of the iterations."""
-    evaluated, trained = run.value("ppo.kl"), run.finite("ppo", "kl")
+    """Policy against reference at the end, nats per response: as evaluated, else the mean of the last tenth of the iterations. (What
+    evaluation found at the likeliest tokens is no KL.)"""
+    evaluated, trained = None if run.value("evaluation.greedy") else run.value("ppo.kl"), run.finite("ppo", "kl")
     return evaluated if evaluated is not None else statistics.fmean(last(trained, 0.1)) if trained else None
 
 
@@ -45,18 +46,13 @@ def _kl(run: RunData) -> Iterable[Finding]:
     yield from negative or fault(
         "kl_none", kl, f"The KL from the SFT policy is {short(kl)} nats a response.", figure, level=level
     )
-    yield from _kl_exploded(run, kl, figure)
 
 
-def _kl_live(run: RunData) -> Iterable[Finding]:
-    kl = final_kl(run)
-    if kl is not None:
-        yield from _kl_exploded(run, kl, f"{short(kl)}{THIN}nats")
-
-
-def _kl_exploded(run: RunData, kl: float, figure: str) -> Iterable[Finding]:
-    budget, length, cause = run.value("ppo.kl_budget"), run.value("ppo.length"), CAUSES["kl_exploded"]
-    lengths = run.finite("ppo", "length")
+def _kl_exploded(run: RunData) -> Iterable[Finding]:
+    kl, budget, length, cause = final_kl(run), run.value("ppo.kl_budget"), run.value("ppo.length"), CAUSES["kl_exploded"]
+    if kl is None:
+        return
+    figure, lengths = f"{short(kl)}{THIN}nats", run.finite("ppo", "length")
     length = length if length is not None else lengths[-1] if lengths else None
     if budget is not None:
         if kl > budget:
@@ -77,6 +73,9 @@ def _score_range(run: RunData) -> Iterable[Finding]:
 
 def _score(run: RunData) -> Iterable[Finding]:
     change, sft, ppo = gains(run, "score"), run.value("sft.score"), run.value("ppo.score")
+    combined, what = gains(run, "combined"), "the score"
+    if combined and combined != change:
+        change, what = combined, "the score, clipped and with what an unended response loses,"
     if len(change) >= 2:
         gain, low, high = interval_of_mean(change)
         between = f" (95 % interval {signed(low)} to {signed(high)}, {short(len(change))} prompts)"
@@ -85,7 +84,7 @@ def _score(run: RunData) -> Iterable[Finding]:
         between = ""
     else:
         return
-    text = f"On {on_prompts(run)} the score changed by {signed(gain)}{between}."
+    text = f"On {on_prompts(run)} {what} changed by {signed(gain)}{between}."
     found = list(fault("score_fell", high, text, signed(gain)))
     found = found or list(fault("score_flat", low if low != 0 else -1.0, text, signed(gain)))
     yield from found or [Finding("ok", "PPO raised the reward", text, signed(gain), "ppo", "score_rose")]
@@ -111,6 +110,8 @@ def _wins(run: RunData) -> Iterable[Finding]:
 
 def _other_judges(run: RunData, rate: float) -> Iterable[Finding]:
     for judge, record in run.wins.items():
+        if judge == "score":  # no second judge: what PPO is trained on, which has a sentence of its own
+            continue
         judged, upper = number(record.get("win_rate")), number(record.get("high"))
         if judged is not None and upper is not None and rate >= 0.5:
             text = f"By {plain(judge, 60)} it wins {percent(judged)}, the headline says {percent(rate)}."
@@ -122,7 +123,9 @@ def _length_controlled(run: RunData, rate: float) -> Iterable[Finding]:
     sft, ppo = run.value("sft.length"), run.value("ppo.length")
     if controlled is None or low is None or not sft or ppo is None or abs(ppo / sft - 1) < GAINS_OVER_LENGTH:
         return
-    text = f"It wins {percent(rate)}; where both responses are equally long, {percent(controlled)} is what is left."
+    high = run.value("lc_win_rate_high")
+    between = "" if high is None else f" (95 % interval {percent(low)} to {percent(high)})"
+    text = f"It wins {percent(rate)}; where both responses are equally long, {percent(controlled)} is what is left{between}."
     yield from fault("win_by_length", low, text, percent(controlled))
 
 
@@ -227,6 +230,7 @@ PPO_RULES: tuple[Rule, ...] = (
     _sampler,
     _score_constant,
     _kl,
+    _kl_exploded,
     _score_range,
     _score,
     _wins,
@@ -242,4 +246,4 @@ PPO_RULES: tuple[Rule, ...] = (
 )
 
 # Those that can be asked after each iteration: they go by the lines of training alone, and by nothing that is at the end only.
-LIVE_RULES: tuple[Rule, ...] = (_sampler, _kl_live, _score_range, _entropy, _step_size, _clipping)
+LIVE_RULES: tuple[Rule, ...] = (_sampler, _kl_exploded, _score_range, _entropy, _step_size, _clipping)

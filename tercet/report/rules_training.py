@@ -46,7 +46,7 @@ def _sft_loss(run: RunData) -> Iterable[Finding]:
 
 def _sft_none(run: RunData) -> Iterable[Finding]:
     kl = run.value("base.kl")
-    if kl is None:
+    if kl is None or run.value("evaluation.greedy"):
         return
     each = [value for row in main_samples(run) if (value := number(row.get("base_kl"))) is not None]
     most = interval_of_mean(each)[2] if each else kl  # of one sample nothing can be said: its interval is infinite
@@ -86,6 +86,9 @@ def _reward_accuracy(run: RunData) -> Iterable[Finding]:
     found = list(fault("reward_inverted", high, f"{text}: fewer than a coin.", figure))
     found = found or list(fault("reward_chance", low, f"{text}; a coin ranks 50 %.", figure))
     found = found or list(fault("reward_weak", accuracy, f"{text}.", figure))
+    measured = not list(fault("reward_unmeasured", run.value("reward.eval_pairs") or 0.0, "", ""))
+    if not found and not measured:
+        return
     yield from found or [Finding("ok", "The reward model learned the preferences", f"{text}.", figure, "reward", "reward_good")]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tercet.report.findings import on_prompts
 from tercet.report.load import Record, RunData, number
+from tercet.report.tables import POLICY_NAMES
 from tercet.report.text import percent, plain, short, signed
 
 PER_GROUP = 20  # samples in each of best, middle and worst
@@ -18,7 +19,6 @@ RESPONSE_CHARACTERS = 1500
 MOST_SAMPLES = 400
 MOST_CHARACTERS = 600_000  # of all samples together, so that the page stays small
 ALIKE = 0.25  # share of words in common, below which two texts are different answers and not versions of one
-POLICIES = (("base", "Base"), ("sft", "SFT"), ("ppo", "PPO"), ("best", "Best"))
 _WORDS = re.compile(r"(?:\w+|[^\w\s])\s*|\s+")  # with the space after it, so that neighbours are marked as one
 
 
@@ -130,14 +130,14 @@ def _within_budget(chosen: Sequence[Record], rows: Sequence[Record]) -> list[Rec
 
 
 def _characters(row: Record) -> int:
-    texts = [(row.get("prompt"), PROMPT_CHARACTERS), *((row.get(key), RESPONSE_CHARACTERS) for key, _ in POLICIES)]
+    texts = [(row.get("prompt"), PROMPT_CHARACTERS), *((row.get(key), RESPONSE_CHARACTERS) for key in POLICY_NAMES)]
     return 400 + sum(min(len(text), limit) for text, limit in texts if isinstance(text, str))
 
 
 def _sample(row: Record) -> Sample:
     change = gain(row)
     outcome = "" if change is None else "win" if change > 0 else "loss" if change < 0 else "tie"
-    texts = {key: plain(row[key], RESPONSE_CHARACTERS).removeprefix(" ") for key, _ in POLICIES if key in row}
+    texts = {key: plain(row[key], RESPONSE_CHARACTERS).removeprefix(" ") for key in POLICY_NAMES if key in row}
     pieces = {key: [(text, False)] for key, text in texts.items()}
     if "sft" in texts and "ppo" in texts:
         pieces["sft"], pieces["ppo"] = differences(texts["sft"], texts["ppo"])
@@ -149,7 +149,7 @@ def _sample(row: Record) -> Sample:
         gain="" if change is None else signed(change),
         outcome=outcome,
         order={name: f"{value:.6g}" for name, value in values.items() if value is not None},
-        responses=[_response(row, key, name, pieces[key]) for key, name in POLICIES if key in row],
+        responses=[_response(row, key, name, pieces[key]) for key, name in POLICY_NAMES.items() if key in row],
     )
 
 

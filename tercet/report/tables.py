@@ -92,7 +92,9 @@ def comparison(run: RunData) -> Table | None:
     came = "; SFT is the model as it came: there were no demonstrations" if run.policies and "base" not in run.policies else ""
     way = run.value("ppo.interpolation")
     part = (
-        "" if way is None else f"; PPO is {percent(way)} of the way from SFT to the policy that was trained (ppo.interpolation)"
+        ""
+        if way is None
+        else f"; PPO is {percent(way)} of the way from what it began with to what was trained (ppo.interpolation)"
     )
     return Table(f"On {on_prompts(run)}{came}{part}", head + ["Change"] * ({"sft", "ppo"} <= set(policies)), rows)
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from tercet.report.causes import CAUSES
-from tercet.report.findings import Finding, Rule
-from tercet.report.load import STAGES, Record, RunData, load_run
+from tercet.report.findings import STAGE_NAMES, Finding, Rule
+from tercet.report.load import COUNTERS, STAGES, Record, RunData, load_run, number
 from tercet.report.rules_ppo import PPO_RULES
 from tercet.report.rules_training import TRAINING_RULES
+from tercet.report.text import short
 
 RULES: tuple[Rule, ...] = (*TRAINING_RULES, *PPO_RULES)
-
-__all__ = ["Finding", "verdict", "verdict_of"]
 
 
 def verdict(run: RunData) -> list[Finding]:
     """All findings: errors, then warnings, then what is well; within a level in the order of the stages."""
     found = [finding for rule in RULES for finding in rule(run)]
+    if run.unfinished is not None:
+        found = [_unfinished(run, run.unfinished), *(finding for finding in found if finding.rule not in _OF_THE_END)]
     if not any(finding.level != "ok" for finding in found):
         found.insert(0, _healthy(run))
     levels, stages = ("error", "warning", "ok"), ("run", *STAGES)
@@ -41,6 +42,27 @@ def verdict_of(folder: Path) -> list[Record]:
         }
         for finding in verdict(load_run(folder))
     ]
+
+
+_OF_THE_END = ("kl_none", "score_flat")  # what is well in the middle of a run
+
+
+def _unfinished(run: RunData, stage: str) -> Finding:
+    latest = run.metrics[stage][-1]
+    counted = next(
+        (f"at {counter} {short(at)}" for counter in COUNTERS if (at := number(latest.get(counter))) is not None),
+        "in its beginning",
+    )
+    text = f"{STAGE_NAMES[stage]} is {counted} and has not ended: what is said here is of what there is so far."
+    return Finding(
+        "warning",
+        "The run is not finished",
+        text,
+        "",
+        "run",
+        "unfinished",
+        "Start it again: the same command goes on from there.",
+    )
 
 
 def _healthy(run: RunData) -> Finding:

@@ -93,6 +93,22 @@ class World:
         parts = self.gather(own)
         return [parts[row % self.size][row // self.size] for row in range(sum(map(len, parts)))]
 
+    def gather_padded(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named tensors whose rows are those of a batch, (rows, ...), in the batch's order, from what each rank has for its `own_rows`,
+        padded with zeros to one width; on every rank."""
+        parts = self.gather(own)
+        if len(parts) == 1:
+            return own
+        whole = {}
+        for name in own:
+            tensors = [part[name] for part in parts]
+            widths = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
+            rows = tensors[0].new_zeros(sum(len(tensor) for tensor in tensors), *widths)
+            for rank, tensor in enumerate(tensors):
+                rows[rank :: len(parts)][(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
+            whole[name] = rows
+        return whole
+
 
 def _take_gpu(number: int) -> None:
     """Let "cuda" mean this GPU in this process."""

@@ -34,7 +34,8 @@ class Machine:
     microbatch_tokens: int
 
     def apply(self) -> None:
-        """Make this process compute so, deterministically; on CUDA but for kernels that have no such kind, such as attention's gradient."""
+        """Apply these choices to this process, and make it deterministic; on CUDA, kernels with no deterministic version, such as
+        attention's gradient, stay as they are."""
         torch.set_num_threads(self.threads)
         _settle_vector_functions()
         _keep_freed_memory()
@@ -114,8 +115,8 @@ def measured_rate(dtype: torch.dtype, device: str) -> float:
     measured once (some half a second).
 
     The best of several products of growing sizes, a multiply and an add counted as two. (Of 1,024 x 1,024 x 1,024 in bfloat16 oneDNN
-    gave two threads no more than one, 1.5 TFLOP/s; of 2,048 x 2,048 x 2,048 2.4.) None that would take much longer than all of it: a
-    processor without bfloat16 took a minute for the largest.
+    gave two threads no more than one, 1.5 TFLOP/s; of 2,048 x 2,048 x 2,048 2.4.) A size that would take over half a second is left
+    out: a processor without bfloat16 took a minute for the largest.
     """
     sizes = (256, 1024, 2048) if device == "cpu" else (4096, 8192)
     best = 0.0

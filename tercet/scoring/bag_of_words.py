@@ -84,10 +84,4 @@ def _features(text: str) -> set[str]:
 
 
 def _pairs(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
-    return [
-        (better, worse)
-        for record in comparisons
-        for better, rank in zip(record.responses, record.ranks)
-        for worse, other in zip(record.responses, record.ranks)
-        if rank < other
-    ]
+    return [pair for record in comparisons for pair in record.pairs()]

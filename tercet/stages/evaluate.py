@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from tercet.algo.calibration import right
 from tercet.algo.kl import k1, sequence_kl
-from tercet.algo.statistics import bootstrap_interval, distinct_n, length_controlled_win_rate, of_a_share, win_rate
+from tercet.algo.statistics import bootstrap_interval, distinct_n, length_controlled_win_rate, of_a_share
 from tercet.data.batches import microbatches
 from tercet.generation.base import Generator
 from tercet.generation.sampling import uniforms
@@ -27,10 +29,12 @@ _DRAWS_APART = 2**32  # the random numbers of draw d of prompt i are those of ro
 
 @dataclass(frozen=True)
 class Judges:
-    """What scores a response: the training score, and any others by name ("judge", "gold", ...)."""
+    """What scores a response: the training score, and any others by name ("judge", "gold", ...). combine: makes of training scores (B,)
+    and of which responses ended (B,) what PPO is trained on, but for its KL penalty."""
 
     score: Scorer
     others: Mapping[str, Scorer]
+    combine: Callable[[Tensor, Tensor], Tensor] = lambda scores, finished: scores
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def draw(
         own_places, draws = [place for place, _ in own], [number for _, number in own]
         sequences = _sampled(generator, prompts, sampling, own_places, draws)
         batch = _scored(sequences, _rows(sequences, own_places), prompts, judges)
-        return [{"draw": number, **_without(row, "response", "ids")} for number, row in zip(draws, batch)]
+        return [{"draw": number, **_without(row, "response", "ids", "combined")} for number, row in zip(draws, batch)]
 
     numbered = [(place, number) for number in range(count) for place in places]
     return _in_batches(numbered, batch_of, sampling, world, journey)
@@ -201,11 +205,11 @@ def wins(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]]
     same where lengths are controlled for (`length_controlled_win_rate`)."""
     ours = torch.tensor([row[judge] for row in rows], dtype=torch.float64)
     theirs = torch.tensor([row[judge] for row in against], dtype=torch.float64)
-    outcomes = ((ours - theirs).sign() + 1) / 2
+    outcomes = right(ours - theirs)
     low, high = of_a_share(bootstrap_interval(outcomes, seed=seed), float(outcomes.mean()), len(rows))
     longer = torch.tensor([a["length"] - b["length"] for a, b in zip(rows, against)], dtype=torch.float64)
-    controlled, lc_low, lc_high = length_controlled_win_rate(outcomes, longer, seed)
-    found = {"win_rate": float(win_rate(ours, theirs)), "low": low, "high": high, "n": len(rows)}
+    controlled, lc_low, lc_high = length_controlled_win_rate(outcomes, longer)
+    found = {"win_rate": float(outcomes.mean()), "low": low, "high": high, "n": len(rows)}
     return found | {"lc_win_rate": controlled, "lc_low": lc_low, "lc_high": lc_high}
 
 
@@ -216,8 +220,6 @@ def compare(
     "ppo" over "sft" by each judge."""
     policies = {name: summarise(rows, judge_names) for name, rows in responses.items()}
     won: dict[str, Any] = {}
-    if "sft" not in responses:
-        return policies, won
     headline = "judge" if "judge" in judge_names else "score"
     for name in responses.keys() - {"sft"}:
         by = [headline] if name != "ppo" else ["score", *judge_names]
@@ -270,7 +272,8 @@ def _text(row: Row, prompts: PromptSet) -> TokenRow:
 def _scored(sequences: Sequences, rows: Sequence[Row], prompts: PromptSet, judges: Judges) -> list[Row]:
     """The rows with their text and every judge's score."""
     texts = prompts.texts_of(sequences, [row["place"] for row in rows])
-    columns: dict[str, list[Any]] = {"score": judges.score.score(sequences, texts).tolist()}
+    scores = judges.score.score(sequences, texts)
+    columns: dict[str, list[Any]] = {"score": scores.tolist(), "combined": judges.combine(scores, sequences.finished).tolist()}
     columns |= {name: scorer.score(sequences, texts).tolist() for name, scorer in judges.others.items()}
     columns["response"] = list(texts.responses)
     return [row | dict(zip(columns, values)) for row, values in zip(rows, zip(*columns.values()))]

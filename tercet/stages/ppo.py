@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tercet.algo.kl import AdaptiveKL, FixedKL
 from tercet.algo.schedules import learning_rate, usual_rate
 from tercet.config.ppo import KLConfig, PPOConfig
+from tercet.errors import Interrupted
 from tercet.models.roles import Policy
 from tercet.runtime.checkpoint import Checkpoint
 from tercet.runtime.distributed import World
-from tercet.runtime.interrupted import Interrupted
 from tercet.runtime.machine import Machine, measured_rate, release_free_memory
 from tercet.runtime.metrics import Stopwatch
 from tercet.runtime.optim import Optimizer
@@ -57,7 +57,7 @@ def train_ppo(
             stopwatch = Stopwatch()
             with stopwatch.phase("sync"):
                 actors.generator.sync(version=iteration)
-            if rollout is None:
+            if rollout is None:  # else one of a run that stopped between two optimizer steps
                 rollout = collect(
                     actors,
                     prompts,
@@ -73,7 +73,7 @@ def train_ppo(
                 if iteration == 0:
                     logit = _largest_logit(actors.policy, prompts.ids[0])
                     check_first_rollout(rollout, config, run.machine.dtype, logit, second_round=second_round)
-            state.boundary(iteration, rollout, progress)
+            state.after_rollout(iteration, rollout, progress)
             rates = _rates(config, iteration, actors.policy)
             trainables = Trainables(actors.policy, actors.value_model, policy_optimizer, value_optimizer, *rates)
             with stopwatch.phase("update"):
@@ -86,8 +86,8 @@ def train_ppo(
                     iteration=iteration,
                     seed=seed,
                     max_tokens=run.machine.microbatch_tokens,
-                    boundary=functools.partial(state.after_step, iteration, rollout),
-                    first_logprobs=rollout.first_logprobs,
+                    after_step=functools.partial(state.after_step, iteration, rollout),
+                    kept=rollout.kept,
                 )
             if trainables.policy_learning_rate is not None:  # a policy that stands still says nothing about the coefficient
                 controller.update(rollout.metrics["kl"], config.rollout_batch_size)
@@ -112,6 +112,129 @@ def train_ppo(
 def kl_controller(config: KLConfig) -> FixedKL:
     """The controller that the configuration names."""
     return AdaptiveKL(config.coef, config.target, config.horizon) if config.controller == "adaptive" else FixedKL(config.coef)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over all parameters' bytes."""
+    digest = hashlib.sha256()
+    for _, parameter in sorted(module.named_parameters()):
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rates(config: PPOConfig, iteration: int, model: Policy) -> tuple[float | None, float]:
+    """The learning rates of the policy, None while only the value model learns, and of the value model."""
+    usual = usual_rate(sum(parameter.numel() for parameter in model.parameters()), config.minibatch)
+    first = usual if config.learning_rate == "auto" else config.learning_rate
+    value_first = first if config.value_learning_rate == "auto" else config.value_learning_rate
+    policy, value = (
+        learning_rate(iteration, config.iterations, base, config.schedule, config.warmup_iterations, min_ratio=0.1)
+        for base in (first, value_first)
+    )
+    return (policy if config.policy_learns(iteration) else None), value
+
+
+def _speeds(
+    stopwatch: Stopwatch,
+    rollout: Rollout,
+    trainables: Trainables,
+    config: PPOConfig,
+    progress: UpdateProgress,
+    machine: Machine,
+) -> dict[str, float]:
+    """Tokens a second of the whole iteration, and how much of the machine's arithmetic the update got out of it."""
+    needed = update_flops(rollout.experience, trainables, config, progress, rollout.kept)
+    achieved = needed / stopwatch.seconds["update_s"]
+    return {
+        "tokens_per_s": rollout.metrics["length"] * config.rollout_batch_size / sum(stopwatch.seconds.values()),
+        "update_gflops": achieved / 1e9,
+        "update_utilisation": achieved / measured_rate(machine.dtype, str(machine.device)),
+    }
+
+
+def _stop_if_broken(metrics: dict[str, Any], run: StageRun) -> None:
+    if metrics["skipped"] and not metrics["optimizer_steps"]:
+        raise TercetError(
+            f"iteration {metrics['iteration']}: no optimizer step had a finite gradient, so PPO has broken down; the last checkpoint in "
+            f"{run.folder} is kept. Lower ppo.learning_rate and ppo.value_learning_rate, or set machine.dtype: float32"
+        )
+
+
+class _State:
+    """What resuming exactly needs: both models, both optimizers, the KL controller, and the phase of the iteration."""
+
+    def __init__(
+        self,
+        run: StageRun,
+        config: PPOConfig,
+        policy_optimizer: Optimizer,
+        value_optimizer: Optimizer,
+        controller: FixedKL,
+    ):
+        self._run = run
+        self._first_policy_iteration = config.value_warmup_iterations
+        self._optimizers = {"policy": policy_optimizer, "value_model": value_optimizer}
+        self._controller = controller
+
+    def restore(self) -> tuple[int, Rollout | None, UpdateProgress]:
+        """Iterations done, and the rollout and progress of one that was interrupted between two optimizer steps."""
+        checkpoint = self._run.resume()
+        if checkpoint is None:
+            return 0, None, UpdateProgress()
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_weights(checkpoint.tensors[name])
+            optimizer.load_state(checkpoint.tensors[f"{name}_optimizer"])
+        self._controller.load_state_dict(checkpoint.values["kl_controller"])
+        progress = UpdateProgress(**checkpoint.values["progress"])
+        return checkpoint.step, _rollout_of(checkpoint, self._run.machine.device, self._run.world), progress
+
+    def after_rollout(self, iteration: int, rollout: Rollout, progress: UpdateProgress) -> None:
+        """After the rollout. Nothing of it needs saving: its samples are a function of the weights, the seed and the iteration."""
+        if self._run.world.any(self._run.interrupt.requested):
+            fresh = progress.steps == progress.skipped == 0
+            self.save(iteration, None if fresh else rollout, progress)
+            raise Interrupted
+
+    def after_step(self, iteration: int, rollout: Rollout, progress: UpdateProgress) -> None:
+        """After an optimizer step: stop if asked to, and do not lose a long iteration's work to the clock."""
+        if iteration == self._first_policy_iteration:
+            check_first_minibatch(progress, self._run.machine.dtype)
+        stopping = self._run.world.any(self._run.interrupt.requested)
+        if stopping or self._run.world.any(self._run.overdue):
+            self.save(iteration, rollout, progress)
+        if stopping:
+            raise Interrupted
+
+    def save(self, iteration: int, rollout: Rollout | None, progress: UpdateProgress) -> None:
+        """Everything, with the rollout where its iteration is not over: of all ranks together, so that any number can go on."""
+        tensors: dict[str, dict[str, Tensor]] = {name: own.weights() for name, own in self._optimizers.items()}
+        tensors |= {f"{name}_optimizer": own.state() for name, own in self._optimizers.items()}
+        values: dict[str, Any] = {"kl_controller": self._controller.state_dict(), "progress": asdict(progress)}
+        if rollout is not None:
+            tensors["experience"] = self._run.world.gather_padded(_tensors_of(rollout.experience))
+            values |= {"metrics": rollout.metrics, "samples": rollout.samples, "policy_version": iteration}
+        self._run.save(iteration, values, tensors)
+
+
+def _tensors_of(experience: Experience) -> dict[str, Tensor]:
+    own = {f.name: getattr(experience, f.name) for f in fields(experience) if f.name != "sequences"}
+    sequences = {f.name: getattr(experience.sequences, f.name) for f in fields(Sequences) if f.name != "policy_version"}
+    every = own | {f"sequences.{name}": value for name, value in sequences.items() if value is not None}
+    return {name: value.cpu() for name, value in every.items()}  # other ranks' processes would unpickle them onto this rank's GPU
+
+
+def _rollout_of(checkpoint: Checkpoint, device: torch.device, world: World) -> Rollout | None:
+    """This rank's rows of the rollout that the checkpoint holds, if it holds one."""
+    if "experience" not in checkpoint.tensors:
+        return None
+    tensors = {name: value.to(device) for name, value in checkpoint.tensors["experience"].items()}
+    inner = {name.removeprefix("sequences."): value for name, value in tensors.items() if name.startswith("sequences.")}
+    sequences = Sequences(**inner, policy_version=checkpoint.values["policy_version"])
+    own = {name: value for name, value in tensors.items() if not name.startswith("sequences.")}
+    experience = Experience(sequences=sequences, **own)
+    if world.size > 1:
+        experience = experience.select(world.own_rows(len(sequences)))
+    return Rollout(experience, checkpoint.values["metrics"], checkpoint.values["samples"])
 
 
 def check_first_rollout(
@@ -183,143 +306,3 @@ def check_first_minibatch(progress: UpdateProgress, dtype: torch.dtype) -> None:
             f"{approx_kl:.3g} (0 wanted; at most {limit**2 / 2:.1g} is explained by rounding) and {clipped:.1%} of the ratios are outside "
             "the clip range: the model's forward is not repeatable; set its dropout to 0, or machine.dtype: float32"
         )
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over all parameters' bytes."""
-    digest = hashlib.sha256()
-    for _, parameter in sorted(module.named_parameters()):
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _rates(config: PPOConfig, iteration: int, model: Policy) -> tuple[float | None, float]:
-    """The learning rates of the policy, None while only the value model learns, and of the value model."""
-    usual = usual_rate(sum(parameter.numel() for parameter in model.parameters()), config.minibatch)
-    first = usual if config.learning_rate == "auto" else config.learning_rate
-    value_first = first if config.value_learning_rate == "auto" else config.value_learning_rate
-    policy, value = (
-        learning_rate(iteration, config.iterations, base, config.schedule, config.warmup_iterations, min_ratio=0.1)
-        for base in (first, value_first)
-    )
-    return (policy if config.policy_learns(iteration) else None), value
-
-
-def _speeds(
-    stopwatch: Stopwatch,
-    rollout: Rollout,
-    trainables: Trainables,
-    config: PPOConfig,
-    progress: UpdateProgress,
-    machine: Machine,
-) -> dict[str, float]:
-    """Tokens a second of the whole iteration, and how much of the machine's arithmetic the update got out of it."""
-    first_read = rollout.first_logprobs is not None
-    needed = update_flops(rollout.experience, trainables, config, progress, first_read=first_read)
-    achieved = needed / stopwatch.seconds["update_s"]
-    return {
-        "tokens_per_s": rollout.metrics["length"] * config.rollout_batch_size / sum(stopwatch.seconds.values()),
-        "update_gflops": achieved / 1e9,
-        "update_utilisation": achieved / measured_rate(machine.dtype, str(machine.device)),
-    }
-
-
-def _stop_if_broken(metrics: dict[str, Any], run: StageRun) -> None:
-    if metrics["skipped"] and not metrics["optimizer_steps"]:
-        raise TercetError(
-            f"iteration {metrics['iteration']}: no optimizer step had a finite gradient, so PPO has broken down; the last checkpoint in "
-            f"{run.folder} is kept. Lower ppo.learning_rate and ppo.value_learning_rate, or set machine.dtype: float32"
-        )
-
-
-class _State:
-    """What resuming exactly needs: both models, both optimizers, the KL controller, and the phase of the iteration."""
-
-    def __init__(
-        self,
-        run: StageRun,
-        config: PPOConfig,
-        policy_optimizer: Optimizer,
-        value_optimizer: Optimizer,
-        controller: FixedKL,
-    ):
-        self._run = run
-        self._first_policy_iteration = config.value_warmup_iterations
-        self._optimizers = {"policy": policy_optimizer, "value_model": value_optimizer}
-        self._controller = controller
-
-    def restore(self) -> tuple[int, Rollout | None, UpdateProgress]:
-        """Iterations done, and the rollout and progress of one that was interrupted between two optimizer steps."""
-        checkpoint = self._run.resume()
-        if checkpoint is None:
-            return 0, None, UpdateProgress()
-        for name, optimizer in self._optimizers.items():
-            optimizer.load_weights(checkpoint.tensors[name])
-            optimizer.load_state(checkpoint.tensors[f"{name}_optimizer"])
-        self._controller.load_state_dict(checkpoint.values["kl_controller"])
-        progress = UpdateProgress(**checkpoint.values["progress"])
-        return checkpoint.step, _rollout_of(checkpoint, self._run.machine.device, self._run.world), progress
-
-    def boundary(self, iteration: int, rollout: Rollout, progress: UpdateProgress) -> None:
-        """After the rollout. Nothing of it needs saving: its samples are a function of the weights, the seed and the iteration."""
-        if self._run.world.any(self._run.interrupt.requested):
-            fresh = progress.steps == progress.skipped == 0
-            self.save(iteration, None if fresh else rollout, progress)
-            raise Interrupted
-
-    def after_step(self, iteration: int, rollout: Rollout, progress: UpdateProgress) -> None:
-        """After an optimizer step: stop if asked to, and do not lose a long iteration's work to the clock."""
-        if iteration == self._first_policy_iteration:
-            check_first_minibatch(progress, self._run.machine.dtype)
-        stopping = self._run.world.any(self._run.interrupt.requested)
-        if stopping or self._run.world.any(self._run.overdue):
-            self.save(iteration, rollout, progress)
-        if stopping:
-            raise Interrupted
-
-    def save(self, iteration: int, rollout: Rollout | None, progress: UpdateProgress) -> None:
-        """Everything, with the rollout where its iteration is not over: of all ranks together, so that any number can go on."""
-        tensors: dict[str, dict[str, Tensor]] = {name: own.weights() for name, own in self._optimizers.items()}
-        tensors |= {f"{name}_optimizer": own.state() for name, own in self._optimizers.items()}
-        values: dict[str, Any] = {"kl_controller": self._controller.state_dict(), "progress": asdict(progress)}
-        if rollout is not None:
-            tensors["experience"] = _together(self._run.world.gather(_tensors_of(rollout.experience)))
-            values |= {"metrics": rollout.metrics, "samples": rollout.samples, "policy_version": iteration}
-        self._run.save(iteration, values, tensors)
-
-
-def _together(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows of all ranks in the order of the whole batch (row i is rank i mod size's), padded with zeros to one width."""
-    if len(parts) == 1:
-        return parts[0]
-    whole = {}
-    for name in parts[0]:
-        tensors = [part[name] for part in parts]
-        widths = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
-        rows = tensors[0].new_zeros(sum(len(tensor) for tensor in tensors), *widths)
-        for rank, tensor in enumerate(tensors):
-            own = rows[rank :: len(parts)]
-            own[(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
-        whole[name] = rows
-    return whole
-
-
-def _tensors_of(experience: Experience) -> dict[str, Tensor]:
-    own = {f.name: getattr(experience, f.name) for f in fields(experience) if f.name != "sequences"}
-    sequences = {f.name: getattr(experience.sequences, f.name) for f in fields(Sequences) if f.name != "policy_version"}
-    every = own | {f"sequences.{name}": value for name, value in sequences.items() if value is not None}
-    return {name: value.cpu() for name, value in every.items()}  # other ranks' processes would unpickle them onto this rank's GPU
-
-
-def _rollout_of(checkpoint: Checkpoint, device: torch.device, world: World) -> Rollout | None:
-    """This rank's rows of the rollout that the checkpoint holds, if it holds one."""
-    if "experience" not in checkpoint.tensors:
-        return None
-    tensors = {name: value.to(device) for name, value in checkpoint.tensors["experience"].items()}
-    inner = {name.removeprefix("sequences."): value for name, value in tensors.items() if name.startswith("sequences.")}
-    sequences = Sequences(**inner, policy_version=checkpoint.values["policy_version"])
-    own = {name: value for name, value in tensors.items() if not name.startswith("sequences.")}
-    experience = Experience(sequences=sequences, **own)
-    if world.size > 1:
-        experience = experience.select(world.own_rows(len(sequences)))
-    return Rollout(experience, checkpoint.values["metrics"], checkpoint.values["samples"])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tercet.algo.losses import counted_prompts, normalisation, ranking_loss
-from tercet.algo.statistics import cluster_interval, of_a_share
+from tercet.algo.statistics import by_group, cluster_interval, of_a_share
 from tercet.config.training import RewardConfig
 from tercet.data.batches import TokenStore, batch_indices, in_parts, microbatches, microbatches_grouped
 from tercet.data.template import Template, tokenise
@@ -83,7 +83,8 @@ def train_reward_model(
 
     last = train(run, reward_model, config, len(data), compute, evaluate)
     pairs = score_pairs(eval_data, scores)
-    figures = {"reward.comparisons": len(data), "reward.truncated": data.truncated / len(data.store)}
+    preferring = sum(len(set(record.ranks)) > 1 for record in train_records)
+    figures = {"reward.comparisons": preferring, "reward.truncated": data.truncated / len(data.store)}
     figures |= {f"reward.{name}": value for name, value in last.items()}
     if pairs:
         low, high = accuracy_interval(pairs, seed)
@@ -166,12 +167,9 @@ def score_pairs(data: RankedStore, scores: Tensor) -> list[dict[str, Any]]:
 
 def accuracy_interval(pairs: Sequence[Mapping[str, Any]], seed: int) -> tuple[float, float]:
     """95 % bootstrap interval of the accuracy; what belongs to one comparison, such as the pairs of a ranking, is drawn together."""
-    groups = torch.tensor([pair["comparison"] for pair in pairs])
-    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
-    counts = sums.index_add(0, groups, torch.ones(len(groups), dtype=torch.float64))
-    sums = sums.index_add(0, groups, torch.tensor([pair["correct"] for pair in pairs], dtype=torch.float64))
-    drawn = cluster_interval(sums[counts > 0], counts[counts > 0], seed)
-    return of_a_share(drawn, float(sums.sum() / counts.sum()), int((counts > 0).sum()))
+    correct = torch.tensor([pair["correct"] for pair in pairs], dtype=torch.float64)
+    sums, counts = by_group(correct, torch.tensor([pair["comparison"] for pair in pairs]))
+    return of_a_share(cluster_interval(sums, counts, seed), float(correct.mean()), len(counts))
 
 
 @torch.no_grad()

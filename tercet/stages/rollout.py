@@ -22,7 +22,7 @@ from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.distributed import World
 from tercet.runtime.metrics import Stopwatch
 from tercet.scoring.base import Scorer, Texts
-from tercet.types import Experience, Sequences, TercetError, Text
+from tercet.types import Experience, KeptPass, Sequences, TercetError, Text
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PromptSet:
 
 @dataclass
 class Actors:
-    """The four roles, and what samples and scores for them."""
+    """Policy, reference and value model; what samples, and what scores: the reward model among others."""
 
     policy: Policy
     ref_policy: Policy
@@ -64,16 +64,13 @@ class Actors:
 
 @dataclass
 class Rollout:
-    """A rollout's experience, its metrics, and the responses in words.
-
-    first_logprobs: the experience's log-probabilities once more, with the graph of their forward pass: it is that of the first
-    optimizer step too, if that one is over the whole rollout.
-    """
+    """A rollout's experience, its metrics, and the responses in words. kept: its forward passes, some with their graphs where the first
+    optimizer step is over the whole rollout, so that they are that step's too."""
 
     experience: Experience
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
-    first_logprobs: Tensor | None = None
+    kept: Sequence[KeptPass] = ()
 
 
 def prompt_rows(count: int, batch_size: int, seed: int, iteration: int) -> list[int]:
@@ -111,11 +108,10 @@ def collect(
     with stopwatch.phase("score"):
         texts = prompts.texts_of(sequences, rows)
         raw_scores = actors.scorer.score(sequences, texts)
-        one_step = config.minibatch == config.rollout_batch_size and config.policy_learns(iteration)
-        read_logprobs, entropy, ref_logprobs, values = read(
-            actors, sequences, config.temperature, max_tokens, keep_graph=one_step
-        )
-    logprobs = read_logprobs.detach()
+        room = Room()
+        if config.minibatch == config.rollout_batch_size:  # the first optimizer step's forward passes are these
+            room = Room([actors.policy, actors.value_model] if config.policy_learns(iteration) else [actors.value_model])
+        logprobs, entropy, ref_logprobs, values, kept = read(actors, sequences, config.temperature, max_tokens, room)
     scores = combine_score(
         raw_scores.to(logprobs),
         sequences.finished,
@@ -153,38 +149,62 @@ def collect(
         "sampler_logprob_gap": max(world.gather(_sampler_gap(sequences, logprobs))),
     }
     samples = world.gather_rows(_samples(iteration, texts, raw_scores, per_response["kl"], sequences))
-    return Rollout(experience, metrics, samples, read_logprobs if read_logprobs.requires_grad else None)
+    return Rollout(experience, metrics, samples, kept)
+
+
+MOST_KEPT = 2**27  # bytes; more of GPT-2's activations would take PPO's peak above the memory that was aimed at
+
+
+class Room:
+    """Says which forward passes of `roles` keep their graphs for the update: the first, since an update has one in memory anyway, and
+    others up to MOST_KEPT bytes."""
+
+    def __init__(self, roles: Sequence[Policy | ScoreModel] = ()):
+        self._roles = roles
+        self._left: int | None = None
+
+    def take(self, role: Policy | ScoreModel, part: Sequences) -> bool:
+        """Whether the graph of a forward pass over these texts is to be kept."""
+        if role not in self._roles:
+            return False
+        size = role.kept_bytes(int(part.lengths.sum()), int(part.response_lens.sum()))
+        left = size + MOST_KEPT if self._left is None else self._left
+        self._left = left - size if size <= left else left
+        return size <= left
 
 
 @torch.no_grad()
 def read(
-    actors: Actors, sequences: Sequences, temperature: float, max_tokens: int, *, keep_graph: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    actors: Actors, sequences: Sequences, temperature: float, max_tokens: int, room: Room
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[KeptPass]]:
     """Log-probabilities, entropies, reference log-probabilities and values of every response token, each (B, T), 0 outside the mask.
 
-    The forward is the one that the update makes, in the same micro-batches: before the first step the ratio is exactly 1. With
-    `keep_graph`, and if all rows are one micro-batch, log-probabilities can be differentiated.
+    The forward passes are those that the update makes, in the same micro-batches: before the first step the ratio is exactly 1. What
+    there is room for comes with its graph too.
     """
     shape = sequences.response_mask.shape
     wide = torch.float64 if actors.policy.compute_dtype is torch.float64 else torch.float32
     logprobs, entropy, ref_logprobs, values = (
         torch.zeros(shape, dtype=wide, device=sequences.input_ids.device) for _ in range(4)
     )
-    batches = microbatches(sequences.lengths.tolist(), max_tokens)
-    for rows in batches:
+    kept = []
+    for rows in microbatches(sequences.lengths.tolist(), max_tokens):
         part = sequences.select(rows)
         width = part.max_response
         ref_logprobs[rows, :width], _ = actors.ref_policy(part, temperature=temperature)
-        values[rows, :width] = actors.value_model(part, per_token=True)
-        with torch.set_grad_enabled(keep_graph and len(batches) == 1):
-            logprobs[rows, :width], entropy[rows, :width] = actors.policy(part, temperature=temperature, with_entropy=True)
+        with torch.set_grad_enabled(room.take(actors.policy, part)):
+            given, entropy[rows, :width] = actors.policy(part, temperature=temperature, with_entropy=True)
+        with torch.set_grad_enabled(room.take(actors.value_model, part)):
+            valued = actors.value_model(part, per_token=True)
+        logprobs[rows, :width], values[rows, :width] = given, valued
+        kept.append(KeptPass(torch.tensor(rows), *(found if found.requires_grad else None for found in (given, valued))))
     for name, tensor in (("policy", logprobs), ("reference", ref_logprobs), ("value model", values)):
         if not bool(tensor.isfinite().all()):
             raise TercetError(
                 f"the {name} gave numbers that are not finite on sampled responses; the last checkpoint is kept. Lower the learning "
                 "rates, raise ppo.kl.coef, or set machine.dtype: float32"
             )
-    return logprobs, entropy, ref_logprobs, values
+    return logprobs, entropy, ref_logprobs, values, kept
 
 
 def _means(per_response: dict[str, Tensor], count: int, world: World) -> dict[str, float]:

@@ -11,8 +11,7 @@ from torch import nn
 from tercet.algo.schedules import learning_rate
 from tercet.config.training import TrainingConfig
 from tercet.data.batches import steps_per_epoch
-from tercet.errors import TercetError
-from tercet.runtime.interrupted import Interrupted
+from tercet.errors import Interrupted, TercetError
 from tercet.runtime.machine import release_free_memory
 from tercet.runtime.optim import Optimizer
 from tercet.runtime.stage import StageRun

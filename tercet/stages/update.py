@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from tercet.data.batches import epoch_order, microbatches
 from tercet.models.roles import Policy, ScoreModel
 from tercet.runtime.distributed import World
 from tercet.runtime.optim import Optimizer
-from tercet.types import Experience
+from tercet.types import Experience, KeptPass
 
 
 @dataclass
@@ -69,11 +69,11 @@ def update(
     iteration: int,
     seed: int,
     max_tokens: int,
-    boundary: Callable[[UpdateProgress], None],
-    first_logprobs: Tensor | None = None,
+    after_step: Callable[[UpdateProgress], None],
+    kept: Sequence[KeptPass] = (),
 ) -> None:
-    """Take the optimizer steps of one iteration, going on from `progress`; `boundary` is called after each of them. first_logprobs:
-    what the policy gives in the first of them, where the rollout's own forward pass serves (Rollout).
+    """Take the optimizer steps of one iteration, going on from `progress`; `after_step` is called after each of them. kept:
+    forward passes of the rollout whose graphs wait for the first of them.
 
     Losses are sums over micro-batches and ranks divided by the minibatch's response tokens, so that the step does not depend on
     how the batch was cut.
@@ -87,10 +87,12 @@ def update(
             count = int(response_lens[rows].sum())
             # Ascending, so that with one minibatch the micro-batches are those of the rollout's own forward.
             own = (rows[rows % world.size == world.rank] // world.size).sort().values
-            _step(experience, trainables, config, world, progress, own, count, max_tokens, first_logprobs)
-            first_logprobs = None
+            _step(experience, trainables, config, world, progress, own, count, max_tokens, kept)
+            for one in kept:
+                one.let_go()
+            kept = ()
             progress.minibatch += 1
-            boundary(progress)
+            after_step(progress)
         mean_kl = progress.epoch_approx_kl / max(1.0, progress.epoch_tokens)
         progress.finished = config.max_approx_kl is not None and mean_kl > config.max_approx_kl
         progress.epoch += 1
@@ -100,22 +102,24 @@ def update(
 
 
 def update_flops(
-    experience: Experience, trainables: Trainables, config: PPOConfig, progress: UpdateProgress, *, first_read: bool
+    experience: Experience, trainables: Trainables, config: PPOConfig, progress: UpdateProgress, kept: Sequence[KeptPass]
 ) -> int:
     """Floating-point operations that the update needed on this rank's real tokens, pads and recomputation not counted.
 
-    A backward pass costs twice a forward pass, and once where the weights are frozen below adapters. first_read: the policy's first
-    forward pass was the rollout's.
+    A backward pass costs twice a forward pass, and once where the weights are frozen below adapters. kept: forward passes that
+    the rollout had made.
     """
     lens, response_lens = experience.sequences.lengths, experience.sequences.response_lens
-    tokens, responses = int(lens.sum()), int(response_lens.sum())
     passes = (progress.steps + progress.skipped) * config.minibatch / config.rollout_batch_size
-    roles: list[tuple[Policy | ScoreModel, int]] = [(trainables.value_model, 0)]
+    roles: list[tuple[Policy | ScoreModel, list[Tensor]]]
+    roles = [(trainables.value_model, [one.rows for one in kept if one.values is not None])]
     if trainables.policy_learning_rate is not None:
-        roles.append((trainables.policy, int(first_read)))
-    return int(
-        sum((passes * (3 if role.merge is None else 2) - spared) * role.flops(tokens, responses) for role, spared in roles)
-    )
+        roles.append((trainables.policy, [one.rows for one in kept if one.logprobs is not None]))
+    needed = 0.0
+    for role, made in roles:
+        needed += passes * (3 if role.merge is None else 2) * role.flops(int(lens.sum()), int(response_lens.sum()))
+        needed -= sum(role.flops(int(lens[rows].sum()), int(response_lens[rows].sum())) for rows in made)
+    return int(needed)
 
 
 def _step(
@@ -127,28 +131,28 @@ def _step(
     own: Tensor,
     count: int,
     max_tokens: int,
-    first_logprobs: Tensor | None,
+    kept: Sequence[KeptPass],
 ) -> None:
     """One optimizer step of policy and value model on the rows `own` of this rank, of a minibatch with `count` response tokens."""
-    cuts = [own[part] for part in microbatches(experience.sequences.lengths[own].tolist(), max_tokens)]
-    parts = [experience.select(rows) for rows in cuts]
+    parts = [experience.select(own[part]) for part in microbatches(experience.sequences.lengths[own].tolist(), max_tokens)]
     sums: dict[str, Tensor] = {}
     norm = 0.0
     # One model after the other, so that the gradients of one are in memory at a time.
     if trainables.policy_learning_rate is not None:
-        for rows, batch in zip(cuts, parts):
+        for place, batch in enumerate(parts):
             mask = batch.sequences.response_mask
-            if first_logprobs is None:
+            new_logprobs = kept[place].logprobs if kept else None
+            if new_logprobs is None:
                 new_logprobs, _ = trainables.policy(batch.sequences, temperature=config.temperature)
-            else:
-                new_logprobs = first_logprobs[rows]
             loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, config.clip_range, count)
             loss.backward()
             _add(sums, policy_loss=loss.detach() * count, **stats)
         norm = trainables.policy_optimizer.step(trainables.policy_learning_rate)
-    for batch in parts:
+    for place, batch in enumerate(parts):
         mask = batch.sequences.response_mask
-        new_values = trainables.value_model(batch.sequences, per_token=True)
+        new_values = kept[place].values if kept else None
+        if new_values is None:
+            new_values = trainables.value_model(batch.sequences, per_token=True)
         loss, stats = value_loss(new_values, batch.values, batch.returns, mask, config.value_clip_range, count)
         loss.backward()
         _add(sums, value_loss=loss.detach() * count, **stats)
@@ -165,14 +169,24 @@ def _step(
         progress.sums[name] = progress.sums.get(name, 0.0) + total
 
 
+_SUMS = (
+    "policy_loss",
+    "approx_kl",
+    "approx_kl_half_sq",
+    "ratio",
+    "clipped_ratio",
+    "clipped_active",
+    "value_loss",
+    "value_clipped",
+)
+
+
 def _add(sums: dict[str, Tensor], **parts: Tensor) -> None:
     for name, value in parts.items():
         sums[name] = sums.get(name, 0.0) + value.cpu().double()
 
 
 def _sum_over_ranks(sums: dict[str, Tensor], world: World) -> dict[str, float]:
-    names = sorted({name for part in world.gather(sorted(sums)) for name in part})
-    if not names:
-        return {}
-    zero = torch.zeros((), dtype=torch.float64)
-    return dict(zip(names, world.all_sum(torch.stack([sums.get(name, zero) for name in names])).tolist()))
+    assert sums.keys() <= set(_SUMS)
+    zero = torch.zeros((), dtype=torch.float64)  # a rank of many may have no rows, and the policy may stand still
+    return dict(zip(_SUMS, world.all_sum(torch.stack([sums.get(name, zero) for name in _SUMS])).tolist()))

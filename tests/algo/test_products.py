@@ -11,6 +11,8 @@ import torch
 from tercet.algo import products
 from tercet.algo.products import (
     contiguous,
+    head_centre,
+    head_rows,
     linear_product,
     onednn_computes,
     onednn_multiplies,
@@ -19,6 +21,19 @@ from tercet.algo.products import (
     spare_rows,
     transposed_product,
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_output_layers_rows_without_what_they_have_in_common_leave_the_layer_as_it_is(dtype: torch.dtype) -> None:
+    """As a layer that learns is held, and as a frozen one."""
+    weight = (torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) + 10).to(dtype)
+    before = weight.clone()
+    centre = head_centre(weight, torch.bfloat16)
+    assert centre is not None and torch.equal(centre, weight.bfloat16().float().mean(0).bfloat16())
+    assert torch.equal(head_rows(weight, torch.bfloat16, centre), weight.bfloat16() - centre)
+    assert torch.equal(head_rows(weight, torch.bfloat16, None), weight.bfloat16())
+    assert head_centre(weight, torch.float32) is None
+    assert torch.equal(weight, before)
 
 
 @pytest.fixture

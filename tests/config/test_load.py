@@ -39,6 +39,15 @@ def test_set_is_typed(override: str, wanted: object) -> None:
     assert value == wanted and type(value) is type(wanted)
 
 
+def test_what_is_wrong_with_set_is_not_said_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {name: gpt2}\nsft: {epochs: 0}\n", encoding="utf-8")
+    with pytest.raises(TercetError) as told:
+        load_config(file, ["ppo.iteration=3", "ppo.gamma=7"])
+    lines = str(told.value).splitlines()
+    assert [line.partition(": ")[0] for line in sorted(lines)] == ["--set", "--set", str(file)], lines
+
+
 def test_set_opens_sections_that_the_file_does_not_have(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("model: {name: gpt2}\nppo:\n")

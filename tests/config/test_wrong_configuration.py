@@ -44,6 +44,10 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "checkpoint: {zzz: 1}", ["checkpoint.zzz: unknown key; known here: every, every_minutes, keep"]),
     (G + "ppo: {rewards: [{wieght: 1}]}", ["ppo.rewards.0.wieght", "did you mean ppo.rewards.0.weight?"]),
     (G + "ppo: {best_kl_budget: 10}", ["best_kl_budget is set but evaluate_every is 0", "try evaluate_every: 10"]),
+    (
+        G + "evaluation: {greedy: true}\nppo: {best_kl_budget: 9, evaluate_every: 1}",
+        ["best_kl_budget", "evaluation.greedy", "remove one"],
+    ),
     (G + "ppo: {best_kl_budget: 0, evaluate_every: 1}", ["ppo.best_kl_budget", "greater than 0"]),
     (G + "evaluation: {policies: {sft: a}}", ["policies: the name 'sft' means something else already", "my_sft"]),
     (G + "evaluation: {judges: {repetition: {kind: stage}}}", ["judges: the name 'repetition' means something else already"]),

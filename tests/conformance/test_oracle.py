@@ -19,7 +19,7 @@ from tercet.algo.advantages import combine_score, gae, token_rewards
 from tercet.algo.kl import k1
 from tercet.algo.losses import counted_prompts, policy_loss, ranking_loss
 from tercet.stages.ppo import train_ppo
-from tercet.stages.rollout import Actors, read
+from tercet.stages.rollout import Actors, Room, read
 
 STEPS = 3
 RESPONSES = tiny.all_responses(tiny.VOCABULARY, STEPS)
@@ -142,7 +142,7 @@ def test_a_first_gradient_is_the_exact_gradient_of_the_objective(kl_coef: float,
     oracle, actors = world(0)
     shift(actors.policy, moved)
     sequences = tiny.sequences_of(PAIRS)
-    logprobs, _, ref_logprobs, values = read(actors, sequences, 1.0, 200)
+    logprobs, _, ref_logprobs, values, _ = read(actors, sequences, 1.0, 200, Room())
     scores = combine_score(actors.scorer.score(sequences, tiny.texts_of(PAIRS)).to(logprobs), sequences.finished)
     mask = sequences.response_mask
     rewards = token_rewards(scores, k1(logprobs, ref_logprobs), mask, kl_coef)

@@ -59,6 +59,12 @@ FILES: dict[str, tuple[Reader, str, bytes, list[str]]] = {
     "half a surrogate": (PPO, "a.jsonl", rb'{"prompt": "a\ud800b"}', ["a.jsonl:1", "half of a character"]),
     "not json": (SFT, "a.jsonl", after(GOOD_SFT, b"prompt: p"), ["a.jsonl:2", "not JSON", "prompt: p", '"response"']),
     "cut off json": (SFT, "a.jsonl", after(GOOD_SFT, b'{"prompt": "p", "respo'), ["a.jsonl:2", "not JSON"]),
+    "cut off before its value": (
+        SFT,
+        "a.jsonl",
+        after(GOOD_SFT, b'{"prompt": "p", "response": \n'),
+        ["a.jsonl:2", "at line 1, column"],
+    ),
     "two records in a line": (SFT, "a.jsonl", (GOOD_SFT * 2).encode(), ["a.jsonl:1", "Extra data"]),
     "single quotes": (PPO, "a.jsonl", b"{'prompt': 'p'}", ["a.jsonl:1", "double quotes"]),
     "duplicate key": (PPO, "a.jsonl", b'{"prompt": "p", "prompt": "q"}', ["a.jsonl:1", '"prompt" stands twice']),

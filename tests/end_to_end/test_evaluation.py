@@ -168,6 +168,8 @@ def test_the_card_of_a_reward_model_from_elsewhere(runs: Any, finished_run: Path
     found = json.loads((folder / "evaluation/reward_card.json").read_text())
     for name in ("pairs", "accuracy", "accuracy_low", "length_accuracy", "bag_of_words_accuracy", "longer_better"):
         assert found[name] == wanted[name], name
+    # It was normalised: its differences of scores are no longer log-odds, so nothing is said of its confidence.
+    assert {"calibration_error", "temperature", "by_confidence"} <= wanted.keys() - found.keys()
     assert found["length_correlation"] == pytest.approx(wanted["length_correlation"], abs=1e-5)
     assert json.loads((folder / "summary.json").read_text())["reward.length_accuracy"] == wanted["length_accuracy"]
 

@@ -245,7 +245,7 @@ class TestComparisons:
         data["eval_comparisons"] = data["comparisons"]
         folder = runs.run("reward", data=data, reward={"epochs": 3})
         figures = summary(folder)
-        assert figures["reward.comparisons"] == 4 and figures["reward.eval_pairs"] == 5 + 3 + 1 + 0
+        assert figures["reward.comparisons"] == 3 and figures["reward.eval_pairs"] == 5 + 3 + 1 + 0
         kept = json.loads((folder / "reward/held_out.json").read_text())
         assert [pair["comparison"] for pair in kept] == [0] * 5 + [1] * 3 + [2]
         assert figures["reward.eval_accuracy"] == pytest.approx(sum(pair["correct"] for pair in kept) / 9)

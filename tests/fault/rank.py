@@ -18,8 +18,8 @@ def run(config: str, stop_at: int, rank: int, size: int, port: int, log: str) ->
 
     import tercet.runtime.stage as module
     from tercet.config import load_config
+    from tercet.errors import Interrupted
     from tercet.pipeline import Pipeline
-    from tercet.runtime.interrupted import Interrupted
 
     class Scripted(module.Interrupt):
         """A signal that arrives just before a boundary asks for it."""

@@ -12,8 +12,8 @@ import torch
 from conftest import merged, tiny_config
 
 from tercet.config import load_config
+from tercet.errors import Interrupted
 from tercet.pipeline import Pipeline
-from tercet.runtime.interrupted import Interrupted
 from tercet.runtime.stage import StageRun
 
 pytestmark = pytest.mark.gpu

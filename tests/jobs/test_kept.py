@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tercet.errors import Interrupted
 from tercet.jobs.kept import Kept
 from tercet.runtime.distributed import World
-from tercet.runtime.interrupted import Interrupted
 
 
 @pytest.fixture

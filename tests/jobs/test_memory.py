@@ -5,6 +5,7 @@ docs/memory.md holds its table; to write it anew: python tests/jobs/test_memory.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -164,6 +165,40 @@ def test_weights_and_training_state_by_hand() -> None:
     assert frozen.weights == 2 * (untied.linear + 2 * untied.head) + 4 * rest + 2 * (2 * (untied.linear + untied.head) + 4 * rest)
 
 
+@pytest.mark.parametrize(("tokens", "rows", "graphs"), [(2_048, 64, 0), (128, 4, 1), (128, 8, 2)])
+def test_graphs_that_wait_for_the_first_step_by_hand(tokens: int, rows: int, graphs: int) -> None:
+    """128 tokens of GPT-2: 12 layers of 12,288 numbers in and out, in bfloat16, and a quarter: 45 MiB, two of which go into 128, and 12 of
+    logits for the policy. Of 4 rows of 32 tokens policy and value model have two, of 8 rows four; the first policy's is there anyway."""
+    before, after = (
+        needs(shape_of("GPT-2"), Load(torch.bfloat16, None, {"ppo": tokens}, {"ppo": 64}, rows, 32, one_step=one_step))[0]
+        for one_step in (False, True)
+    )
+    logits = 128 * 50_257 * 2 * (graphs == 2)
+    assert after.working - before.working == graphs * 128 * 12 * 12_288 * 2 * 5 // 4 + logits
+
+
+def test_what_evaluations_inside_ppo_need() -> None:
+    """The second reward model, and the responses that are sampled together there."""
+    asked = Load(torch.bfloat16, None, {"ppo": 512}, {"ppo": 64}, 64, 64, evaluated=4_096)
+    plain, looking, judging = (
+        needs(shape_of("GPT-2"), dataclasses.replace(asked, looks=looks, judge=judge))[0]
+        for looks, judge in ((False, True), (True, False), (True, True))
+    )
+    matrices, embedding = 85_017_600, 50_257 * 768
+    assert judging.weights - looking.weights == 2 * (matrices + embedding) + 4 * (124_439_808 - matrices - embedding)
+    assert looking.weights == plain.weights and judging.working == looking.working > 10 * plain.working
+    config = load_config(
+        {
+            "model": {"name": "x"},
+            "data": {"comparisons": "c.jsonl"},
+            "ppo": {"evaluate_every": 5},
+            "evaluation": {"batch_size": 7},
+        }
+    )
+    found = load_of(config, Machine(torch.device("cpu"), torch.float32, 1, 500), {"ppo": 0}, longest_prompt=20)
+    assert (found.looks, found.judge, found.evaluated) == (True, True, 7)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [32, 128, 320, 520])
@@ -197,6 +232,11 @@ def test_activations_are_what_torch_keeps_for_the_backward_pass(architecture: st
     assert states.requires_grad
     load = Load(dtype, None, {"reward": 8 * length}, {"reward": length}, 1, 1)  # the reward stage: no head in it
     assert _activations("reward", Shape.of(config), load) == pytest.approx(sum(kept.values()), rel=0.1)
+    assert 0.6 < policy.kept_bytes(8 * length, 0) / sum(kept.values()) < 1.4
+    logits = 64 * min(5, 96) * dtype.itemsize  # of a head that learns as many as its weight has elements
+    assert policy.kept_bytes(8 * length, 5) - policy.kept_bytes(8 * length, 0) == logits
+    policy.freeze()
+    assert policy.kept_bytes(8 * length, 5) == policy.kept_bytes(8 * length, 0)
 
 
 def test_what_a_run_asks_of_a_model() -> None:
@@ -212,6 +252,8 @@ def test_what_a_run_asks_of_a_model() -> None:
     load = load_of(config, machine, {"sft": 70, "reward": 50, "ppo": 0}, longest_prompt=20)
     # sft: 8 x 70 is more than a micro-batch; reward: two responses a comparison; ppo: 4 x (20 + 10)
     assert load == Load(torch.float32, 4, {"sft": 500, "reward": 300, "ppo": 120}, {"sft": 70, "reward": 50, "ppo": 30}, 32, 30)
+    whole = load_config({"model": {"name": "x"}, "ppo": {"rollout_batch_size": 32}})
+    assert load_of(whole, machine, {"ppo": 0}, longest_prompt=20).one_step and not load.one_step
 
 
 def table() -> str:

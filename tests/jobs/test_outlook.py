@@ -46,6 +46,12 @@ def contradicted(count: int) -> Records[Comparison]:
     return Records([*first, *(replace(one, responses=one.responses[::-1]) for one in first[: count // 3])])
 
 
+def tied(count: int, ties: int) -> Records[Comparison]:
+    """The last `ties` of them prefer nothing."""
+    every = comparisons(count)
+    return Records([*every[:-ties], *(replace(one, ranks=(0.0, 0.0)) for one in every[-ties:])])
+
+
 def repeated(records: Records[Any]) -> Records[Any]:
     """With the prompt at the beginning of each response, too."""
     if isinstance(records[0], Comparison):
@@ -100,6 +106,7 @@ def test_bfloat16_where_the_processor_only_imitates_it(has_bfloat16: bool, base:
         ({"comparisons": Records(comparisons(300), {"they are odd": 4})}, {}, ["4 records are not used because they are odd"]),
         ({"sft": Records([*demonstrations(40), *demonstrations(2)])}, {}, ["2 records stand there more than once", "remove"]),
         ({"comparisons": contradicted(300)}, {}, ["200 of 400 pairs", "the other way round", "rank the two as equal"]),
+        ({"comparisons": tied(600, 350)}, {}, ["350 of 600 are ties alone", "prefer"]),
         ({"sft": repeated(demonstrations(40))}, {}, ["data.sft: in 40 of 40 records", "begin with the prompt", "leave it out"]),
         ({"comparisons": repeated(comparisons(300))}, {}, ["data.comparisons: in 300 of 300", "begin with the prompt"]),
         ({"prompts": prompts(10)}, {}, ["data.prompts: nothing is held out", "data.eval_prompts"]),
@@ -137,6 +144,13 @@ def test_the_judge_is_announced_for_the_comparisons_that_the_run_gives_it(base: 
         assert bool(judge) == own
         told = f"reward: {judge} comparisons go to" if judge else "reward: no second reward model"
         assert any(check.text.startswith(told) for check in found), told
+
+
+def test_more_threads_than_cores_are_warned_of(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    (told,) = warnings(base, sound(), machine=Machine(torch.device("cpu"), torch.float32, 3, 64))
+    assert "3 threads on 2 cores" in told
+    assert warnings(base, sound(), machine=Machine(torch.device("cpu"), torch.float32, 2, 64)) == []
 
 
 def test_pairs_of_one_length_are_not_lopsided(base: str) -> None:

@@ -84,6 +84,8 @@ def test_what_a_function_takes_is_no_mistake(tiny_data: Path, tmp_path: Path) ->
         assert inspect(load_config(values), ["ppo"], None, [function])[1] == []
     told = inspect(load_config(values), ["ppo"], None, [lambda prompts, responses: [0.0]])[1]
     assert len(told) == 1 and "p.jsonl:1: the field 'thing'" in told[0]
+    told = inspect(load_config(values), ["ppo"], None, [lambda prompts, responses, target, thing: [0.0]])[1]
+    assert len(told) == 1 and "'target'" in told[0] and "are called thing. Add it to data.prompts" in told[0]
 
 
 SMALL = {

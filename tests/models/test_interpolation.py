@@ -32,7 +32,7 @@ def test_each_weight_is_a_quarter_of_the_way_and_its_own_again_afterwards(
     trained, logprobs = weights(policy.model), policy(sequences)[0]
     start = parameters_of(policy.model, source)
     assert start is not None
-    with pytest.raises(KeyboardInterrupt), interpolated(policy, start, WEIGHT):
+    with pytest.raises(KeyboardInterrupt), interpolated(policy, lambda: start, WEIGHT):
         for name, parameter in policy.model.named_parameters():
             wanted = before[name].double() + WEIGHT * (trained[name].double() - before[name].double())
             assert torch.allclose(parameter.double(), wanted, rtol=1e-6, atol=1e-7), name
@@ -50,7 +50,7 @@ def test_all_the_way_nothing_is_read(tmp_path: Path) -> None:
     def start(name: str) -> torch.Tensor:
         raise AssertionError(name)
 
-    with interpolated(policy, start, 1.0):
+    with interpolated(policy, lambda: start, 1.0):
         assert all(torch.equal(parameter, trained[name]) for name, parameter in policy.model.named_parameters())
 
 
@@ -66,7 +66,7 @@ def test_an_adapter_is_a_quarter_of_what_it_adds(dtype: torch.dtype, tmp_path: P
         return weights(load_causal_lm(str(tmp_path / "merged")))
 
     before, all_the_way = weights(load_causal_lm(source)), merged()
-    with interpolated(policy, before.__getitem__, WEIGHT):
+    with interpolated(policy, lambda: before.__getitem__, WEIGHT):
         part = merged()
     for name, first in before.items():
         assert torch.allclose(part[name], first + WEIGHT * (all_the_way[name] - first), atol=1e-6), name

@@ -283,7 +283,8 @@ SCHEDULES: list[Row] = [
 STATISTICS: list[Row] = [
     ("best-of-n with replacement", "(i - n + 1) / i if i else 0.0", "((i - 1) / i) ** (n - 1) if i else 0.0"),
     ("KL of best-of-n without its second term", "math.log(n) - (n - 1) / n", "math.log(n)"),
-    ("ties lose", "(a > b).double() + (a == b).double() / 2", "(a > b).double()"),
+    ("one policy against itself is uncertain", " * (not certain)", ""),
+    ("the interval is half as wide", "error = 1.96 * (second", "error = 0.98 * (second"),
     ("few rows are taken for many", "if count is not None and count > 1:", "if False:"),
     ("few rows are taken for normal ones", "* student_quantile(count - 1, level))", "* NormalDist().inv_cdf((1 + level) / 2))"),
     ("Student's t by its first term", "enumerate(terms))", "enumerate(terms[:1]))"),
@@ -363,11 +364,14 @@ ROLLOUT: list[Row] = [
         "actors.policy(part, with_entropy=True)",
     ),
     (
-        "the graph of all rows is kept for one of several minibatches",
-        "config.minibatch == config.rollout_batch_size and config.policy_learns(iteration)",
-        "config.policy_learns(iteration)",
+        "graphs of all rows are kept for one of several minibatches",
+        "if config.minibatch == config.rollout_batch_size:",
+        "if True:",
     ),
-    ("the experience carries a graph", "logprobs = read_logprobs.detach()", "logprobs = read_logprobs"),
+    ("the graph of a policy that stands still is kept", " if config.policy_learns(iteration) else [actors.value_model]", ""),
+    ("the first graph takes room", "left = size + MOST_KEPT if", "left = MOST_KEPT if"),
+    ("a graph that does not fit takes room", "left - size if size <= left else left", "left - size"),
+    ("the experience carries a graph", "@torch.no_grad()\ndef read(", "def read("),
     ("KL of the reference against the policy", "kl = k1(logprobs, ref_logprobs)", "kl = k1(ref_logprobs, logprobs)"),
     ("k3 in the reward", "kl = k1(logprobs, ref_logprobs)", "kl = k3(logprobs, ref_logprobs)"),
     (
@@ -455,9 +459,11 @@ UPDATE: list[Row] = [
         "order[: config.minibatch]",
     ),
     ("micro-batches of the update differ from the rollout's", ".sort().values", ".flip(0)"),
-    ("the second step takes the rollout's forward too", "            first_logprobs = None\n", ""),
-    ("the rollout's forward is taken in another order of rows", "first_logprobs[rows]", "first_logprobs"),
-    ("the rollout's forward is passed over", "if first_logprobs is None:", "if True:"),
+    ("the second step takes the rollout's forwards too", "            kept = ()\n", ""),
+    ("the rollout's forward is taken for another micro-batch", "kept[place].logprobs", "kept[-1 - place].logprobs"),
+    ("the rollout's values are taken for another micro-batch", "kept[place].values", "kept[-1 - place].values"),
+    ("the rollout's forward is passed over", "if new_logprobs is None:", "if True:"),
+    ("the rollout's values are passed over", "if new_values is None:", "if True:"),
     ("the KL stop works upside down", "mean_kl > config.max_approx_kl", "mean_kl < config.max_approx_kl"),
     ("the KL stop sums over epochs", "        progress.epoch_tokens = progress.epoch_approx_kl = 0.0\n", ""),
     ("old values and returns are swapped", "batch.values, batch.returns, mask", "batch.returns, batch.values, mask"),
@@ -609,7 +615,8 @@ PRODUCTS: list[Row] = [
     ("the wider of two is copied, and comes out transposed", "left.t(), None).t())", "left.t(), None))"),
     ("halves without the bias", "_by_onednn(part, weight, bias, added)", "_by_onednn(part, weight, None, added)"),
     ("oneDNN's reference code", "weight.is_contiguous() or weight.t().is_contiguous()", "True"),
-    ("logits are rounded where GPT-2's are", "return rows if centre is None else rows - centre", "return rows"),
+    ("logits are rounded where GPT-2's are", "    if centre is None:\n", "    if True:\n"),
+    ("a frozen output layer loses what its rows have in common", "rows - centre if rows is weight else rows", "rows"),
     ("autocast is not looked at", "if torch.is_autocast_enabled(kind) else weight.dtype", "if False else weight.dtype"),
 ]
 
@@ -737,8 +744,8 @@ ONE_AT_A_TIME: list[Row] = [
 INTERPOLATION: list[Row] = [
     (
         "the way is measured from its other end",
-        "lerp(start(name).to(tensor), tensor, weight)",
-        "lerp(tensor, start(name).to(tensor), weight)",
+        "lerp(value_at_start(name).to(tensor), tensor, weight)",
+        "lerp(tensor, value_at_start(name).to(tensor), weight)",
     ),
     ("the trained weights are not put back", "tensor.copy_(own[name])", "pass"),
     (

@@ -8,6 +8,7 @@ into docs/conformance.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
@@ -129,21 +130,27 @@ def section(verdicts: dict[str, str]) -> str:
     lines = [
         f"{len(MUTANTS)} mutants: {killed} killed, {equivalent} equivalent, {survived} survived.",
         "",
-        "| file | what was broken | tests that look | verdict |",
-        "|---|---|---|---|",
+        "| file | tests that look | what was broken; killed, unless it says otherwise |",
+        "|---|---|---|",
     ]
-    for mutant in MUTANTS:
-        tests = ", ".join(dict.fromkeys(test.removeprefix("tests/").partition("::")[0] for test in mutant.tests))
-        verdict = verdicts[f"{mutant.file}: {mutant.name}"]
-        verdict = f"equivalent: {mutant.equivalent}" if verdict == "equivalent" else verdict
-        lines.append(f"| {mutant.file.removeprefix('tercet/')} | {mutant.name} | {tests} | {verdict} |")
+    for (file, tests), group in itertools.groupby(MUTANTS, key=lambda mutant: (mutant.file, mutant.tests)):
+        names = "; ".join(_entry(mutant, verdicts[f"{file}: {mutant.name}"]) for mutant in group)
+        files = ", ".join(dict.fromkeys(test.removeprefix("tests/").partition("::")[0] for test in tests))
+        lines.append(f"| {file.removeprefix('tercet/')} | {files} | {names} |")
     return "\n".join(lines)
+
+
+def _entry(mutant: Mutant, verdict: str) -> str:
+    if verdict in KINDS[0]:
+        return mutant.name
+    return f"{mutant.name} [{verdict}{f': {mutant.equivalent}' * (verdict == 'equivalent')}]"
 
 
 def written() -> dict[str, str]:
     """The verdicts that docs/conformance.md holds, by "file: name"."""
-    rows = re.findall(r"^\| (\S+\.py) \| (.*?) \| .*? \| (\S.*?) \|$", read_section("mutants"), re.MULTILINE)
-    return {f"tercet/{file}: {name}": verdict.partition(":")[0] for file, name, verdict in rows}
+    rows = re.findall(r"^\| (\S+\.py) \| .*? \| (.*) \|$", read_section("mutants"), re.MULTILINE)
+    entries = [(file, re.fullmatch(r"(.*?)(?: \[(.*)\])?", entry)) for file, names in rows for entry in names.split("; ")]
+    return {f"tercet/{file}: {found[1]}": (found[2] or "killed").partition(":")[0] for file, found in entries if found}
 
 
 def main() -> int:

@@ -93,6 +93,9 @@ def samples(rng: random.Random, count: int) -> list[dict[str, Any]]:
 SUMMARY = {
     "seed": 0,
     "seconds": 187.4,
+    "sft.seconds": 20.0,
+    "reward.seconds": 60.0,
+    "ppo.seconds": 100.0,
     "dtype": "float32",
     "threads": 2,
     "versions.torch": "2.13.0",
@@ -244,6 +247,8 @@ def make_run(folder: Path, *, steps: int = 120, iterations: int = 60, count: int
         [{"iteration": i} | columns for i in range(steps_between, iterations + 1, steps_between)],
     )
     files = {"data.prompts": {"prompts.jsonl": "ab" * 32}}
+    for stage in ("sft", "reward"):
+        write_object(folder / stage / "done.json", {})
     write_object(folder / "ppo/done.json", {"fingerprint": {"data": files | {"/x/rewards.py": "cd" * 32}}})
     return folder
 

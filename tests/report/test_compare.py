@@ -55,8 +55,15 @@ def test_what_is_not_set_is_no_other_setting_than_what_is_absent(new_run, tmp_pa
 def test_runs_with_nothing_in_them(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
     html = write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html").read_text()
     assert "Nothing has run yet" in html and "All settings are the same" in html and Page(html).count("figure") == 0
+
+
+def test_a_folder_without_a_run_is_refused(new_run, tmp_path: Path) -> None:
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(FileNotFoundError, match="holiday is no run folder: it has no config.yaml"):
+        write_comparison([new_run(), tmp_path / "holiday"], tmp_path / "c.html")
 
 
 def test_hostile_text_is_shown_and_not_run(new_run, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -140,6 +141,13 @@ CASES = [
     ("over_optimised", "error", "\u22120.9", turned("gold"), turned("gold", fall_low=-0.1)),
     ("over_optimised", "error", "\u22120.9", turned("judge"), RunData(path={"turns": {}})),
     ("over_optimised", "error", "\u22121", both((2, -1), (2.1, -1.1), (1.9, -0.9)), both((2, -1), (2.1, 1.1), (1.9, 0.9))),
+    (
+        "win_by_length",
+        "warning",
+        "60\u202f%",
+        told(WON | {"lc_win_rate_low": 0.49, "lc_win_rate_high": 0.7}),
+        told(WON | {"lc_win_rate_low": 0.51, "lc_win_rate_high": 0.7}),
+    ),
     ("win_by_length", "warning", "60\u202f%", told(WON | {"lc_win_rate_low": 0.49}), told(WON | {"lc_win_rate_low": 0.51})),
     ("score_constant", "error", "0", drawn(score_std=[0.0, 0.0]), drawn(score_std=[0.0, 0.1])),
     ("repeats", "error", "45\u202f%", told({"sft.repetition": 0.02, "ppo.repetition": 0.45}), told({"ppo.repetition": 0.45})),
@@ -267,6 +275,48 @@ def test_a_win_that_another_judge_denies_is_not_called_one() -> None:
         for rate in (0.6, 0.1)
     ]
     assert "win_rate_good" in rules[0] and not rules[1] & {"win_rate_good", "healthy"} and "judge_disagrees" in rules[1]
+
+
+def test_a_run_that_has_not_ended_is_not_called_healthy(new_run) -> None:
+    """Nor blamed for what it has not come to yet."""
+    folder = new_run()
+    assert load_run(folder).unfinished is None
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) | {"ppo.kl": 0.0}
+    (folder / "summary.json").write_text(json.dumps({key: value for key, value in summary.items() if key != "ppo.seconds"}))
+    assert load_run(folder).unfinished is None  # there is ppo/done.json
+    (folder / "ppo/done.json").unlink()
+    run = load_run(folder)
+    assert run.unfinished == "ppo"
+    found = verdict(run)
+    assert (found[0].rule, found[0].level, found[0].title) == ("unfinished", "warning", "The run is not finished")
+    assert found[0].text.startswith("PPO is at iteration ") and not {"healthy", "kl_none"} & {finding.rule for finding in found}
+
+
+def test_few_pairs_do_not_say_that_the_reward_model_is_good() -> None:
+    few, enough = ({"reward.comparisons": 500, "reward.eval_accuracy": 1.0, "reward.eval_pairs": pairs} for pairs in (14, 140))
+    rules = [{finding.rule for finding in verdict(told(summary))} for summary in (few, enough)]
+    assert "reward_unmeasured" in rules[0] and "reward_good" not in rules[0] and "reward_good" in rules[1]
+
+
+def test_the_training_score_is_no_second_judge() -> None:
+    won = RunData(summary={"win_rate": 0.9}, wins={"score": {"win_rate": 0.1, "high": 0.15}})
+    assert "judge_disagrees" not in {finding.rule for finding in verdict(won)}
+
+
+def test_the_change_of_the_score_is_that_of_what_ppo_was_trained_on() -> None:
+    """Scores that fell a little where responses that end now no longer lose a point for it."""
+    rows = [row | {"sft_combined": row["sft_score"] - 1, "ppo_combined": row["ppo_score"]} for row in gains(-0.2, -0.3, -0.25)]
+    (found,) = [
+        finding for finding in verdict(RunData(samples=rows)) if finding.rule in ("score_rose", "score_fell", "score_flat")
+    ]
+    assert found.rule == "score_rose" and "clipped and with what an unended response loses, changed by +0.75" in found.text
+
+
+def test_what_greedy_evaluation_calls_kl_is_not_taken_for_one() -> None:
+    greedy = {"evaluation.greedy": 1.0, "ppo.kl": -2.0, "base.kl": -1.0}
+    assert not {"kl_negative", "kl_none", "sft_none"} & {finding.rule for finding in verdict(told(greedy))}
+    trained = [{"iteration": i, "kl": 0.0} for i in range(1, 21)]
+    assert "kl_none" in {finding.rule for finding in verdict(RunData(summary=greedy, metrics={"ppo": trained}))}
 
 
 def test_a_win_by_the_score_that_was_trained_on_is_called_so() -> None:

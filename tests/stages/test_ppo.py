@@ -13,8 +13,8 @@ import tiny
 import torch
 
 from tercet.config.ppo import PPOConfig
+from tercet.errors import Interrupted
 from tercet.generation.native import NativeGenerator
-from tercet.runtime.interrupted import Interrupted
 from tercet.runtime.stage import StageRun
 from tercet.stages import ppo
 from tercet.stages.ppo import check_first_minibatch, check_first_rollout, train_ppo, weights_hash
@@ -302,7 +302,9 @@ def test_a_run_without_any_finite_gradient_stops_with_the_way_out(tmp_path: Path
 
     def broken(sequences: Sequences, **options: Any) -> Any:
         values = forward(sequences, **options)
-        return values * float("inf") if torch.is_grad_enabled() else values
+        if values.requires_grad:
+            values.register_hook(lambda gradient: gradient * float("inf"))
+        return values
 
     actors.value_model.forward = broken  # type: ignore[method-assign]
     with pytest.raises(TercetError, match="no optimizer step had a finite gradient"):

@@ -11,8 +11,9 @@ import tiny
 import torch
 
 from tercet.generation.native import NativeGenerator
-from tercet.stages.rollout import Actors, PromptSet, prompt_rows, read
-from tercet.types import Message, TercetError
+from tercet.stages import rollout as rollout_module
+from tercet.stages.rollout import Actors, PromptSet, Room, prompt_rows, read
+from tercet.types import Message, Sequences, TercetError, TokenRow
 
 
 @pytest.mark.parametrize(("count", "batch"), [(3, 2), (7, 7), (5, 12), (10, 3), (1, 4)])
@@ -157,28 +158,55 @@ def test_metrics_and_experience_do_not_depend_on_micro_batches(actors: Actors) -
         assert torch.allclose(found.experience.advantages, wanted.experience.advantages, rtol=1e-9, atol=1e-12)
 
 
-def test_the_experience_carries_no_graph_and_the_kept_log_probabilities_do(actors: Actors) -> None:
-    rollout = tiny.rollout_of(actors, tiny.ppo_config())
-    assert rollout.first_logprobs is not None and rollout.first_logprobs.requires_grad
-    assert torch.equal(rollout.first_logprobs, rollout.experience.logprobs)
+@pytest.mark.parametrize(("tokens", "count"), [(4096, 1), (21, 4)])
+def test_the_experience_carries_no_graph_and_the_kept_passes_do(actors: Actors, tokens: int, count: int) -> None:
+    rollout = tiny.rollout_of(actors, tiny.ppo_config(), tokens=tokens)
     experience = rollout.experience
     assert not any(getattr(experience, name).requires_grad for name in ("logprobs", "values", "rewards", "advantages", "returns"))
+    assert len(rollout.kept) == count and sorted(row for one in rollout.kept for row in one.rows.tolist()) == list(range(12))
+    for one in rollout.kept:
+        for name in ("logprobs", "values"):
+            found, whole = getattr(one, name), getattr(experience, name)[one.rows]
+            assert found.requires_grad and torch.equal(found, whole[:, : found.shape[1]]) and not whole[:, found.shape[1] :].any()
 
 
-@pytest.mark.parametrize(
-    ("options", "tokens"), [({"minibatch_size": 6}, 4096), ({}, 21), ({"value_warmup_iterations": 1}, 4096)], ids=str
-)
-def test_no_graph_is_kept_that_the_first_step_could_not_take(actors: Actors, options: dict[str, int], tokens: int) -> None:
-    """Of several minibatches or micro-batches, or where the policy does not learn yet."""
-    assert tiny.rollout_of(actors, tiny.ppo_config(**options), tokens=tokens).first_logprobs is None
+def test_no_graph_is_kept_that_the_first_step_could_not_take(actors: Actors) -> None:
+    """Of several minibatches; of the policy where it does not learn yet."""
+    (one,) = tiny.rollout_of(actors, tiny.ppo_config(minibatch_size=6)).kept
+    assert one.logprobs is None and one.values is None
+    (one,) = tiny.rollout_of(actors, tiny.ppo_config(value_warmup_iterations=1)).kept
+    assert one.logprobs is None and one.values is not None
+
+
+def test_room_for_graphs_by_hand(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first costs nothing, since an update holds one anyway; after it 2^27 bytes are there, and what does not fit takes none of them."""
+    monkeypatch.setattr(type(actors.policy).__base__, "kept_bytes", lambda role, tokens, head_tokens: tokens * 2**20)
+    policy, value_model = actors.policy, actors.value_model
+
+    def texts(tokens: int) -> Sequences:
+        return Sequences.from_rows([TokenRow((1,) * tokens, 1)])
+
+    room = Room([policy, value_model])
+    asked = [(policy, 900), (value_model, 100), (policy, 29), (value_model, 28), (policy, 1)]
+    assert [room.take(role, texts(size)) for role, size in asked] == [True, True, False, True, False]
+    room = Room([value_model])
+    assert [room.take(role, texts(size)) for role, size in asked] == [False, True, False, True, False]
+    assert not Room().take(policy, texts(1))
+
+
+def test_graphs_that_find_no_room_are_not_kept(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_module, "MOST_KEPT", actors.policy.kept_bytes(21, 12))
+    kept = tiny.rollout_of(actors, tiny.ppo_config(), tokens=21).kept
+    found = [[one.logprobs is not None, one.values is not None] for one in kept]
+    assert found[0] == [True, True] and not any(found[-1])
 
 
 def test_metrics_do_not_depend_on_padding(actors: Actors) -> None:
     """Section 3, row 25: means over pads would change with the width of the batch."""
     sequences = tiny.rollout_of(actors, tiny.ppo_config()).experience.sequences
-    wanted = read(actors, sequences, 1.0, 4096)
+    wanted = read(actors, sequences, 1.0, 4096, Room())[:4]
     sequences.input_ids = torch.nn.functional.pad(sequences.input_ids, (0, 5), value=3)
-    for found, expected in zip(read(actors, sequences, 1.0, 4096), wanted):
+    for found, expected in zip(read(actors, sequences, 1.0, 4096, Room()), wanted):
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 

@@ -12,9 +12,11 @@ import tiny
 import torch
 
 from tercet.runtime.distributed import World
+from tercet.stages import rollout as rollout_module
 from tercet.stages import update as update_module
 from tercet.stages.rollout import Actors, Rollout
 from tercet.stages.update import Trainables, UpdateProgress, update_flops
+from tercet.types import KeptPass
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_what_was_recorded_stays_as_it_was_and_the_ratio_moves(actors: Actors) -
     before = {name: getattr(rollout.experience, name).clone() for name in names}
     kls: list[float] = []
     tiny.update_of(
-        rollout.experience, actors, config, policy_learning_rate=1e-2, boundary=lambda p: kls.append(p.sums["approx_kl"])
+        rollout.experience, actors, config, policy_learning_rate=1e-2, after_step=lambda p: kls.append(p.sums["approx_kl"])
     )
     assert all(torch.equal(getattr(rollout.experience, name), value) for name, value in before.items())
     assert kls[0] == 0.0  # the first minibatch: the very forward of the rollout
@@ -91,17 +93,23 @@ def test_the_first_update_makes_the_forwards_of_the_rollout(actors: Actors) -> N
         assert made > 1 and forwards[made:] == forwards[:made]
 
 
-def test_the_first_step_takes_the_rollouts_own_forward_where_it_is_over_all_of_it(actors: Actors) -> None:
-    """The same weights to the bit as with a forward pass of its own, and one forward less."""
+@pytest.mark.parametrize(("tokens", "cuts"), [(4096, 1), (21, 4)])
+@pytest.mark.parametrize("room", [2**27, 0], ids=["room", "none"])
+def test_the_first_step_takes_the_rollouts_own_forwards(
+    actors: Actors, monkeypatch: pytest.MonkeyPatch, tokens: int, cuts: int, room: int
+) -> None:
+    """The same weights to the bit as with forward passes of its own, and as many fewer as there was room for: at least one."""
+    monkeypatch.setattr(rollout_module, "MOST_KEPT", room)
+    rollout, config = tiny.rollout_of(actors, tiny.ppo_config(ppo_epochs=3), tokens=tokens), tiny.ppo_config(ppo_epochs=3)
+    straight = tiny.update_of(rollout.experience, actors, config, tokens=tokens)
     again = tiny.actors_of()
     forwards: list[int] = []
-    again.policy.register_forward_hook(lambda module, inputs, output: forwards.append(1))
-    rollout, config = begin(actors, ppo_epochs=3)
-    straight = tiny.update_of(rollout.experience, actors, config)
-    kept = begin(again, ppo_epochs=3)[0]
-    assert len(forwards) == 1
-    assert tiny.update_of(kept.experience, again, config, first_logprobs=kept.first_logprobs) == straight
-    assert len(forwards) == 3
+    for model in (again.policy, again.value_model):
+        model.register_forward_hook(lambda module, inputs, output: forwards.append(1))
+    sampled = tiny.rollout_of(again, config, tokens=tokens)
+    assert len(forwards) == 2 * cuts
+    assert tiny.update_of(sampled.experience, again, config, tokens=tokens, kept=sampled.kept) == straight
+    assert len(forwards) == (1 + 3) * 2 * cuts - (2 * cuts if room else 1)
     assert tiny.largest_gap(tiny.weights(actors.policy), tiny.weights(again.policy)) == 0.0
     assert tiny.largest_gap(tiny.weights(actors.value_model), tiny.weights(again.value_model)) == 0.0
 
@@ -122,7 +130,7 @@ def test_max_approx_kl_is_about_one_epoch_at_a_time() -> None:
     """A limit that the second epoch crosses and the mean of both epochs does not ends after the second."""
     totals = [0.0]  # from the figures' own sums, which run over all epochs
     rollout, config = begin(tiny.actors_of(), ppo_epochs=4)
-    tiny.update_of(rollout.experience, tiny.actors_of(), config, boundary=lambda p: totals.append(p.sums["approx_kl"]))
+    tiny.update_of(rollout.experience, tiny.actors_of(), config, after_step=lambda p: totals.append(p.sums["approx_kl"]))
     tokens = int(rollout.experience.sequences.response_lens.sum())
     first, second, third, _ = ((b - a) / tokens for a, b in zip(totals, totals[1:]))
     assert first < 1e-9 < second < third
@@ -183,12 +191,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(actors: Actors, na
     before = [tiny.weights(model) for model in models]
     history: list[tuple[int, list[bool]]] = []
 
-    def boundary(progress: UpdateProgress) -> None:
+    def after_step(progress: UpdateProgress) -> None:
         now = [tiny.weights(model) for model in models]
         history.append((progress.skipped, [tiny.largest_gap(a, b) > 0 for a, b in zip(before, now)]))
         before[:] = now
 
-    progress = tiny.update_of(rollout.experience, actors, config, boundary=boundary)
+    progress = tiny.update_of(rollout.experience, actors, config, after_step=after_step)
     assert (progress.steps, progress.skipped) == (2, 1)
     skipped_before = 0
     for skipped, moved in history:
@@ -250,7 +258,15 @@ def test_shares_of_a_minibatch_add_up_over_ranks(actors: Actors) -> None:
         )
         own = rollout.experience.select(list(range(rank, 12, 2)))
         update_module.update(
-            own, trainables, config, Half(rank, 2), UpdateProgress(), iteration=0, seed=0, max_tokens=64, boundary=lambda p: None
+            own,
+            trainables,
+            config,
+            Half(rank, 2),
+            UpdateProgress(),
+            iteration=0,
+            seed=0,
+            max_tokens=64,
+            after_step=lambda p: None,
         )
         parts.append(recorder.gradients)
     for step in range(2):
@@ -274,12 +290,12 @@ def test_an_interrupted_update_goes_on_where_it_stopped() -> None:
             "value_optimizer": tiny.optimizer_of(again.value_model),
         }
 
-        def boundary(progress: UpdateProgress, after: int = after) -> None:
+        def after_step(progress: UpdateProgress, after: int = after) -> None:
             if progress.steps == after:
                 raise Stop
 
         with pytest.raises(Stop):
-            tiny.update_of(rollout.experience, again, config, boundary=boundary, progress=progress, **optimizers)
+            tiny.update_of(rollout.experience, again, config, after_step=after_step, progress=progress, **optimizers)
         tiny.update_of(rollout.experience, again, config, progress=progress, **optimizers)
         assert progress == straight
         assert tiny.largest_gap(tiny.weights(actors.policy), tiny.weights(again.policy)) == 0.0
@@ -295,17 +311,25 @@ def test_flops_of_an_update_by_hand() -> None:
     tokens, responses = int(experience.sequences.lengths.sum()), int(experience.sequences.response_lens.sum())
     trunk, width, vocabulary = 12 * 32**2, 32, 4
     wanted = 2 * 3 * 2 * (2 * trunk * tokens + (vocabulary + 1) * width * responses)
-    assert update_flops(experience, trainables, config, progress, first_read=False) == wanted
+    assert update_flops(experience, trainables, config, progress, ()) == wanted
     still = dataclasses.replace(trainables, policy_learning_rate=None)
-    assert update_flops(experience, still, config, progress, first_read=False) == 2 * 3 * 2 * (trunk * tokens + width * responses)
+    assert update_flops(experience, still, config, progress, ()) == 2 * 3 * 2 * (trunk * tokens + width * responses)
 
 
 def test_a_forward_that_the_rollout_made_is_none_of_the_updates() -> None:
-    """Two epochs of one minibatch: the policy goes once forward and twice backward."""
+    """Two epochs of one minibatch: the policy goes once forward and twice backward, and so does the value model with two of its texts."""
     actors = tiny.actors_of()
     config = tiny.ppo_config(ppo_epochs=2)
     experience, progress = tiny.rollout_of(actors, config).experience, UpdateProgress(steps=2)
     trainables = Trainables(actors.policy, actors.value_model, None, None, 1e-3, 1e-3)  # type: ignore[arg-type]
-    tokens, responses = int(experience.sequences.lengths.sum()), int(experience.sequences.response_lens.sum())
-    policy, value_model = (2 * (12 * 32**2 * tokens + labels * 32 * responses) for labels in (4, 1))
-    assert update_flops(experience, trainables, config, progress, first_read=True) == 5 * policy + 6 * value_model
+    lens, response_lens = experience.sequences.lengths, experience.sequences.response_lens
+
+    def cost(labels: int, rows: list[int]) -> int:
+        return 2 * (12 * 32**2 * int(lens[rows].sum()) + labels * 32 * int(response_lens[rows].sum()))
+
+    two, others, there = [3, 7], [row for row in range(12) if row not in (3, 7)], torch.zeros(())
+    kept = [KeptPass(torch.tensor(two), there, there), KeptPass(torch.tensor(others), there, None)]
+    wanted = 5 * cost(4, two + others) + 6 * cost(1, two + others) - cost(1, two)
+    assert update_flops(experience, trainables, config, progress, kept) == wanted
+    still = dataclasses.replace(trainables, policy_learning_rate=None)
+    assert update_flops(experience, still, config, progress, kept) == 6 * cost(1, two + others) - cost(1, two)
