@@ -61,7 +61,7 @@ def _unfinished(run: RunData, stage: str) -> Finding:
         "",
         "run",
         "unfinished",
-        "Start it again: the same command goes on from there.",
+        "The same command goes on from there, once whatever stopped it is mended.",
     )
 
 
