@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tercet.errors import TercetError
+from tercet.errors import Interrupted, TercetError
 
 if TYPE_CHECKING:
     from tercet.config import Config
@@ -117,7 +117,6 @@ def doctor(
     """Everything that can be known to be wrong before hours are spent; memory and time that each stage will take."""
     from tercet.config import load_config
     from tercet.doctor import examine
-    from tercet.errors import Interrupted
 
     try:
         fine = examine(load_config(config, settings), quick=quick)
@@ -198,7 +197,6 @@ def _without_passwords(text: str) -> str:
 
 def main() -> None:
     """Entry point: a TercetError is one message and status 2; an interrupted run says how to go on."""
-    from tercet.errors import Interrupted
 
     try:
         app()

@@ -131,7 +131,7 @@ def _small(shop: Workshop, records: Mapping[str, Any], lengths: Mapping[str, Len
     values = config.model_dump()
     for name, own in records.items():
         if name == "comparisons":
-            own = [record for record in own if len(set(record.ranks)) > 1]  # of ties alone nothing can be learned
+            own = [record for record in own if record.prefers]
         if name in ("pretrain", *KINDS):
             values["data"][name] = str(_write(folder / name, own[:: max(1, len(own) // (2 * count))][: 2 * count]))
     values["data"] |= dict.fromkeys(KINDS.values()) | {"held_out": 0.0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.config import Config, to_yaml
-from tercet.errors import OtherFormat, TercetError
+from tercet.errors import Interrupted, OtherFormat, TercetError
 from tercet.fingerprint import STAGES, differences, digest, fingerprints, functions_of
 from tercet.folder import FOLDERS, earlier_machine, read_json, require_no_others_files, with_earlier_choices, with_own_base
 
@@ -102,7 +101,9 @@ class Pipeline:
 
     def _wait_for_ranks(self) -> None:
         """Until the first of them has written the summary, which all of them read."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from tercet.runtime.launch import ranks
+
+        if ranks() > 1:
             from tercet.runtime.distributed import World
 
             World.start(self.config.machine.device).barrier()
@@ -151,9 +152,8 @@ class Pipeline:
         return write_report(self.folder)
 
     def _execute(self, stages: Sequence[str], redo: Sequence[str], records: dict[str, Any]) -> None:
-        from tercet.errors import Interrupted
         from tercet.jobs.evaluation import run_evaluate
-        from tercet.jobs.outlook import measure, outlook
+        from tercet.jobs.outlook import measure, outlook, sampled_at_once
         from tercet.jobs.preflight import check_models
         from tercet.jobs.training import run_ppo, run_pretrain, run_reward, run_sft
         from tercet.runtime.checkpoint import seed_everything
@@ -187,7 +187,7 @@ class Pipeline:
                 began = time.monotonic()
                 seed_everything(self.config.seed + 100_003 * shop.world.rank)  # dropout differs from rank to rank
                 release_free_memory()  # the models of the stage before
-                with out_of_memory_explained(stage, shop.machine.microbatch_tokens, self._sampled_at_once(stage)):
+                with out_of_memory_explained(stage, shop.machine.microbatch_tokens, sampled_at_once(self.config, stage)):
                     figures = jobs[stage](shop)
                 if shop.world.is_main:
                     done = {"fingerprint": prints[stage], "figures": figures, "seconds": time.monotonic() - began}
@@ -196,14 +196,6 @@ class Pipeline:
                 shop.world.barrier()
                 shown = "  ".join(f"{key} {value:.3g}" for key, value in figures.items() if key in _HEADLINES)
                 console.print(f"[green]{stage}[/green] finished in {time.monotonic() - began:.0f} s  {shown}")
-
-    def _sampled_at_once(self, stage: str) -> tuple[str, int] | None:
-        """The setting that says how many responses a stage samples together, if it samples any, and its value."""
-        rollout = "ppo.rollout_batch_size", self.config.ppo.rollout_batch_size
-        evaluated = "evaluation.batch_size", self.config.evaluation_batch
-        if stage == "ppo" and self.config.ppo.evaluate_every:
-            return max(rollout, evaluated, key=lambda one: one[1])
-        return {"evaluate": evaluated, "reward": rollout, "ppo": rollout}.get(stage)
 
     def workshop(self, interrupt: Any) -> Any:
         """The machine, chosen where it says auto, and the base model."""

@@ -64,6 +64,11 @@ class Comparison:
     fields: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
 
+    @property
+    def prefers(self) -> bool:
+        """Whether any response is better than another: nothing can be learned from ties alone."""
+        return len(set(self.ranks)) > 1
+
     def pairs(self) -> list[tuple[str, str]]:
         """(better, worse) of every two responses that are no tie."""
         ranked = list(zip(self.responses, self.ranks))

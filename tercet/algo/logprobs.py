@@ -244,7 +244,7 @@ class _Head:
                 product = self.product(inputs, weight, span)
             slope = torch.empty_like(product)
             for piece, log_zs, into in zip(*(pieces(tensor, product) for tensor in (product, log_z, slope))):
-                into.copy_((self._logits(piece) - log_zs[:, None]).exp_())
+                into.copy_(self._logits(piece).sub_(log_zs[:, None]).exp_())
             rows, columns = _inside(targets, span)
             slope[rows, columns] = logprobs[rows].expm1().to(self.dtype)  # p - 1 with all its digits, also where p is nearly 1
             for piece, into in zip(pieces(product, product), pieces(slope, product)):
@@ -262,16 +262,17 @@ class _Head:
         return (for_states * scale[:, None]).to(states.dtype)
 
     def _logits(self, product: Tensor) -> Tensor:
-        logits = self.transform(at_least_float32(product))
-        return logits if self.temperature == 1.0 else logits / self.temperature
+        """Numbers of their own, that may be changed in place."""
+        logits = self.transform(product.to(torch.promote_types(product.dtype, torch.float32), copy=True))
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
 
 def _sums(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
-    """Of each row log Z and, if wanted, the entropy of its softmax."""
+    """Of each row log Z and, if wanted, the entropy of its softmax. The logits are overwritten."""
     least, tiny = torch.finfo(logits.dtype).min, torch.finfo(logits.dtype).tiny
     highest = logits.amax(1).clamp_(min=least)
-    logits = logits - highest[:, None]
-    weights = logits.exp()
+    logits.sub_(highest[:, None])
+    weights = logits.exp() if with_entropy else logits.exp_()
     total = weights.sum(1)
     log_z = highest + total.log()
     if not with_entropy:

@@ -106,12 +106,18 @@ def _less_memory(stage: str, config: Config) -> str:
         ways.insert(0, "set machine.activation_checkpointing")
     if stage != "pretrain" and config.model.adapter is None:
         ways.insert(0, "set model.adapter")
-    if stage in ("ppo", "evaluate"):
-        of_evaluation = stage == "evaluate" or (
-            config.ppo.evaluate_every and config.evaluation_batch > config.ppo.rollout_batch_size
-        )
-        ways.insert(-1, f"lower {'evaluation.batch_size' if of_evaluation else 'ppo.rollout_batch_size'}")
+    if sampled := sampled_at_once(config, stage):
+        ways.insert(-1, f"lower {sampled[0]}")
     return f"{', '.join(ways[:-1])}, or {ways[-1]}"
+
+
+def sampled_at_once(config: Config, stage: str) -> tuple[str, int] | None:
+    """The setting that says how many responses a stage samples together, if it samples any, and its value."""
+    rollout = "ppo.rollout_batch_size", config.ppo.rollout_batch_size
+    evaluated = "evaluation.batch_size", config.evaluation_batch
+    if stage == "ppo" and config.ppo.evaluate_every:
+        return max(rollout, evaluated, key=lambda one: one[1])
+    return {"evaluate": evaluated, "reward": rollout, "ppo": rollout}.get(stage)
 
 
 def memory(config: Config, stages: Sequence[str], lengths: Mapping[str, Lengths], machine: Machine, base: str) -> list[Need]:
@@ -233,7 +239,7 @@ def _comparisons(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:
     records = sources["comparisons"]
     for reason, count in records.dropped.items():
         yield Check("warning", f"data.comparisons: {count} records are not used because {reason}: repair or remove them")
-    preferring = sum(len(set(record.ranks)) > 1 for record in records)
+    preferring = sum(record.prefers for record in records)
     if preferring < len(records) / 2:
         yield Check(
             "warning",

@@ -140,18 +140,19 @@ def run_ppo(shop: Workshop) -> Figures:
             actors.generator.sync(version=iteration)
             sampling = sampling_of(shop)
             rows = respond(policy, ref_policy, actors.generator, held_out, judges, sampling, shop.world, places=places)
-            columns = {name: [row[name] for row in rows] for name in ("score", "kl", *judges.others)}
+            columns = {name: [row[name] for row in rows] for name in ("score", "combined", "kl", *judges.others)}
             if shop.world.is_main:
                 evaluations.append({"iteration": iteration, **columns})
             means = {name: sum(values) / len(values) for name, values in columns.items()}
-            figures = {f"eval_{name}" if name in ("score", "kl") else name: value for name, value in means.items()}
-            by = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "eval_score")
+            figures = {name if name in judges.others else f"eval_{name}": value for name, value in means.items()}
+            by = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "eval_combined")
             if shop.world.any(shop.world.is_main and is_best(figures, run.metrics.read(), by, config.best_kl_budget)):
+                whose = by.removeprefix("eval_")
                 shop.write_policy(
-                    policy, shop.folder / "ppo/best", f"PPO by Tercet, iteration {iteration}: the highest {by} score."
+                    policy, shop.folder / "ppo/best", f"PPO by Tercet, iteration {iteration}: the highest {whose} score."
                 )
                 if shop.world.is_main:
-                    best = {"iteration": iteration, "kl": means["kl"], "by": by.removeprefix("eval_"), "value": figures[by]}
+                    best = {"iteration": iteration, "kl": means["kl"], "by": whose, "value": figures[by]}
                     write_json(shop.folder / "ppo/best.json", best)
             return figures
 

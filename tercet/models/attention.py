@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tercet.algo.products import onednn_computes
 from tercet.models.decoding import attend
-from tercet.models.packing import Apart, Group, Packing, Together, active_packing
+from tercet.models.packing import Apart, Packing, Together, active_packing
 
 _NAME = "tercet"
 SHORT = 256  # up to here the weights of all pairs of tokens are small enough to keep in float32
@@ -44,7 +44,7 @@ def _attention(
     packing = active_packing()
     if packing is None:
         return _in_float32(module, query, key, value, attention_mask, **kwargs)
-    query, key, value = (x.transpose(1, 2)[0] for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     short = keeps_weights(packing.groups[0].length, _mixing_dtype(value))
     if query.device.type == "cpu" and short and not _is_unusual(kwargs):
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -146,8 +146,7 @@ class _ShortTexts(torch.autograd.Function):
         mixed = value.new_empty(len(apart[0]), value.shape[2], dtype=dtype)
         kept = []
         with torch.autocast("cpu", enabled=False):
-            for group in packing.groups:
-                q, k, v, into = (_by_key(group, x, count, heads) for x, count in zip((*apart, mixed), (h, heads, heads, h)))
+            for q, k, v, into in zip(*(_by_key(packing, x, heads) for x in (*apart, mixed))):
                 ahead = _causal(k.shape[1], h // heads, wide)
                 weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=scale).softmax(-1).to(dtype)
                 torch.bmm(weights, v, out=into)
@@ -160,29 +159,28 @@ class _ShortTexts(torch.autograd.Function):
         packing: Packing = ctx.packing
         saved = ctx.saved_tensors  # asked for once only, for the sake of activation checkpointing
         inputs, kept = saved[:3], saved[3:]
-        (h, heads), dtype = (inputs[0].shape[1], inputs[1].shape[1]), kept[0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        counts, dtype = [x.shape[1] for x in inputs], kept[0].dtype
+        h, heads, _ = counts
         apart = [packing.by_head(x).to(dtype) for x in (*inputs, gradients[0])]
         packing.clear_pads(apart[3], h)
         found = [apart[0].new_empty(len(packing.places) * x.shape[1], x.shape[2]) for x in inputs]
-        counts = (h, heads, heads)
-        for group, weights in zip(packing.groups, kept):
-            q, k, v, slope = (_by_key(group, x, count, heads) for x, count in zip(apart, (*counts, h)))
-            for_q, for_k, for_v = (_by_key(group, x, count, heads) for x, count in zip(found, counts))
+        groups = zip(*(_by_key(packing, x, heads) for x in (*apart, *found)))
+        for weights, (q, k, v, slope, for_q, for_k, for_v) in zip(kept, groups):
             torch.bmm(weights.transpose(1, 2), slope, out=for_v)
-            for_weights = torch.bmm(slope, v.transpose(1, 2)).to(wide)
-            scores = torch._softmax_backward_data(for_weights, weights.to(wide), -1, wide).mul_(ctx.scale).to(dtype)
-            torch.bmm(scores, k, out=for_q)
-            torch.bmm(scores.transpose(1, 2), q, out=for_k)
+            # Of numbers in bfloat16 it computes in float32, and rounds once.
+            scores = torch._softmax_backward_data(torch.bmm(slope, v.transpose(1, 2)), weights, -1, dtype)
+            torch.baddbmm(for_q, scores, k, beta=0, alpha=ctx.scale, out=for_q)
+            torch.baddbmm(for_k, scores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=for_k)
         slopes = (packing.together(places, count).to(x.dtype) for places, count, x in zip(found, counts, inputs))
         return *slopes, None, None
 
 
-def _by_key(group: Group, places: Tensor, count: int, heads: int) -> Tensor:
-    """A group's part of rows by head, of which there are `count`, as (rows * heads, (count / heads) * L, d): the queries of a key one
-    below the other."""
-    part = group.of(places, count)
-    return part.view(group.rows * heads, -1, part.shape[-1])
+def _by_key(packing: Packing, places: Tensor, heads: int) -> list[Tensor]:
+    """Each group's part of the places by head (P * h, d), as (rows * heads, (h / heads) * L, d): the queries of a key one below the
+    other."""
+    each = len(places) // len(packing.places)
+    parts = places.split([group.rows * group.length * each for group in packing.groups])
+    return [part.view(group.rows * heads, -1, places.shape[1]) for part, group in zip(parts, packing.groups)]
 
 
 def _mixing_dtype(value: Tensor) -> torch.dtype:

@@ -223,21 +223,20 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
     GPT-2 with 16 rows took 32 instead of 39 ms.
     """
     layers: list[Any] = []
+    adapters: dict[Any, Any] = {module.base_layer: module for module in model.modules() if _has_adapter(module)}
+    parts = {part["default"] for adapter in adapters.values() for part in (adapter.lora_A, adapter.lora_B)}
     if not torch.is_grad_enabled():
-        linear: list[Any] = [module for module in model.modules() if type(module) in (*_FAST, *_FAST.values())]
+        kinds = (*_FAST, *_FAST.values())
+        linear: list[Any] = [module for module in model.modules() if type(module) in kinds and module not in parts]
         frozen = {layer for layer in linear if layer.weight.dtype is torch.bfloat16 and layer is not head}
         if sum(layer.weight.nbytes for layer in frozen) > MOST_PACKED:
             linear = [layer for layer in linear if layer not in frozen]
         layers = [layer for layer in linear if dtype is torch.bfloat16 or packing_pays(layer.weight, rows)]
-        layers += [module for module in model.modules() if _has_adapter(module) and module.base_layer in layers]
     activated = {layer: activation for layer, activation in _activated(model, dtype) if layer in layers}
     forwards: dict[Any, Any] = {activation: _unchanged for activation in activated.values()}
     for layer in layers:
-        if _has_adapter(layer):
-            base, down, up = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
-            forwards[layer] = functools.partial(_packed_sum, forwards[base], down, up, layer.scaling["default"])
-        else:
-            forwards[layer] = _packed(layer, rows, dtype, centred=layer is head, gelu=layer in activated)
+        adapter = adapters.get(layer)
+        forwards[adapter or layer] = _packed(layer, adapter, rows, dtype, centred=layer is head, gelu=layer in activated)
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -253,52 +252,58 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
 def _activated(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, nn.Module]]:
     """The layers of GPT-2 whose products an activation follows that oneDNN applies while it writes them, and that activation."""
     for module in model.modules():
-        if type(module) is not GPT2MLP or type(module.act) is not _TanhGELU or _has_adapter(module.c_fc):
+        if type(module) is not GPT2MLP or type(module.act) is not _TanhGELU:
             continue
-        if onednn_activates(module.c_fc.weight.new_empty(0, dtype=dtype)):
-            yield module.c_fc, module.act
+        layer = getattr(module.c_fc, "base_layer", module.c_fc)
+        if onednn_activates(layer.weight.new_empty(0, dtype=dtype)):
+            yield layer, module.act
 
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _packed(layer: Any, rows: int, dtype: torch.dtype, *, centred: bool, gelu: bool) -> Callable[[Tensor], Tensor]:
-    """What computes the layer's product from a rounded copy of its weight."""
+_INPUTS = 32  # columns of a weight that oneDNN is fast at a multiple of
+
+
+def _packed(
+    layer: Any, adapter: Any | None, rows: int, dtype: torch.dtype, *, centred: bool, gelu: bool
+) -> Callable[[Tensor], Tensor]:
+    """What computes the layer's product from a rounded copy of its weight. Beside it stand the columns that an adapter multiplies what
+    it has projected down by: then W x + scale * B A x is one product, of x and A x."""
     weight = (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach()
     weight = head_rows(weight, dtype, head_centre(weight, dtype) if centred else None)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    if adapter is None:
+        return _from_copy(weight, bias, rows, gelu=gelu)
+    down, up = (part["default"].weight.detach() for part in (adapter.lora_A, adapter.lora_B))
+    spare = -len(down) % _INPUTS
+    up = F.pad(up * adapter.scaling["default"], (0, spare)).to(dtype)
+    whole = _from_copy(torch.cat([contiguous(weight), up], 1), bias, rows, gelu=gelu)
+    project = _from_copy(F.pad(down, (0, 0, 0, spare)).to(dtype), None, rows)
+
+    def adapted(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return whole(torch.cat([x, project(x)], -1))
+
+    return adapted
+
+
+def _from_copy(weight: Tensor, bias: Tensor | None, rows: int, *, gelu: bool = False) -> Callable[[Tensor], Tensor]:
+    """What multiplies by the weight, in its precision, from a copy in oneDNN's own layout where it has one."""
     if not onednn_computes(weight):
         return functools.partial(_rounded_product, weight, bias)
     after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
-    return functools.partial(
-        _packed_product, torch.ops.mkldnn._reorder_linear_weight(contiguous(weight), rows), bias, dtype, after
-    )
+    packed = torch.ops.mkldnn._reorder_linear_weight(contiguous(weight), rows)
+    return functools.partial(_packed_product, packed, bias, weight.dtype, after)
 
 
-def _rounded_product(weight: Tensor, bias: Tensor | None, x: Tensor, onto: Tensor | None = None) -> Tensor:
-    if onto is None:
-        return F.linear(x.to(weight.dtype), weight, bias)
-    rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
-    return linear_product(rows, weight, bias, onto=onto.reshape(len(rows), -1)).view(onto.shape)
-
-
-def _packed_sum(
-    base: Callable[..., Tensor], down: Callable[[Tensor], Tensor], up: Callable[[Tensor], Tensor], scale: float, x: Tensor
-) -> Tensor:
-    return base(x, onto=up(down(x) * scale))
+def _rounded_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def _packed_product(
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    after: tuple[str, list[float], str],
-    x: Tensor,
-    onto: Tensor | None = None,
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, after: tuple[str, list[float], str], x: Tensor
 ) -> Tensor:
-    if onto is not None:
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x.to(dtype), onto, weight, bias, "add")
-        return total
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *after)
     return product

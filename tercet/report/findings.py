@@ -54,7 +54,7 @@ def on_prompts(run: RunData) -> str:
 
 def judged_by(run: RunData) -> str:
     """Who gave the headline's win rate, where that is no other judge than the score that PPO maximised; else ""."""
-    return "by the score that PPO was trained on" if run.summary.get("win_rate_by") == "the training score" else ""
+    return "by the reward that PPO was trained on" if run.summary.get("win_rate_by") == "the training score" else ""
 
 
 def interval_of_mean(values: list[float]) -> tuple[float, float, float]:

@@ -11,7 +11,8 @@ from tercet.report.text import MINUS, THIN, duration, percent, plain, short, sig
 
 # figure -> (name, note, is a share); the rows of the comparison, and the order of any table of figures
 FIGURES: dict[str, tuple[str, str, bool]] = {
-    "score": ("Training reward", "what PPO is trained on, mean", False),
+    "score": ("Training reward", "mean", False),
+    "combined": ("What PPO maximises", "the reward after its clip and the rule for unended responses, mean", False),
     "gold": ("Gold score", "mean", False),
     "kl": ("KL to the reference", "nats per response", False),
     "finished": ("Ended by a stop token", "share", True),
@@ -80,6 +81,8 @@ def comparison(run: RunData) -> Table | None:
         values = [_of_policy(run, policy, key) for policy in policies]
         if not any(value is not None for value in values):
             continue
+        if key == "combined" and values == [_of_policy(run, policy, "score") for policy in policies]:
+            continue  # nothing was clipped, and no rule took anything away
         sft, ppo = _of_policy(run, "sft", key), _of_policy(run, "ppo", key)
         form = tenths if share else short
         note += _BY_CHANCE * (key == "kl" and any(value is not None and value < 0 for value in values))

@@ -7,7 +7,6 @@ sums over rows, so they are added over ranks and the result does not depend on h
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tercet.errors import TercetError
+from tercet.runtime.launch import local_rank, local_ranks, ranks
 
 
 class World:
@@ -28,12 +28,12 @@ class World:
     @staticmethod
     def start(device: str) -> World:
         """Join the processes that torchrun started, if it did; `device` as in the configuration, "auto" or a name."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if ranks() == 1:
             return World()
         if not dist.is_initialized():
             on_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
             if on_cuda:
-                _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
+                _take_gpu(local_rank())
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")  # counts and lists are on the CPU
             atexit.register(_leave)
         return World(dist.get_rank(), dist.get_world_size())
@@ -116,7 +116,7 @@ def _take_gpu(number: int) -> None:
         torch.cuda.set_device(number)
     except RuntimeError as error:
         raise TercetError(
-            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', 'more')} processes on this machine, but there is no GPU number {number} "
+            f"torchrun started {local_ranks()} processes on this machine, but there is no GPU number {number} "
             f"({str(error).splitlines()[0]}): start as many as there are GPUs (--nproc-per-node), or set machine.device: cpu"
         ) from None
 

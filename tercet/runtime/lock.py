@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tercet.errors import TercetError
+from tercet.runtime import launch
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def locked(folder: Path) -> Iterator[bool]:
     Gives whether this process is the one that holds it. The lock goes with the process, however it ends; a folder in which nothing
     came to be goes too.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0:
+    if launch.rank() > 0:
         yield False
         return
     with _held(folder) as file:

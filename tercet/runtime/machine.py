@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from tercet.errors import TercetError
+from tercet.runtime.launch import local_rank, local_ranks, ranks
 from tercet.runtime.metrics import peak_memory_mb
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # Below this many parameters a matrix product is so small that casting to bfloat16 costs more than it saves.
 _BFLOAT16_PARAMETERS = 300_000
 WORTH_RELEASING_MB = 1024
-TINY_MODEL, _SMALL_MODEL, _LARGE_MODEL = 300_000, 20_000_000, 100_000_000
+TINY_MODEL, _SMALL_MODEL, _LARGE_MODEL, _HUGE_MODEL = 300_000, 20_000_000, 100_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,10 @@ def _device(name: str) -> torch.device:
         return torch.device(available[0] if available else "cpu")
     try:
         device = torch.device(name)
-        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.index is not None and ranks() > 1:
             raise TercetError(f"machine.device: {name} is one device, but torchrun started several processes: say {device.type}")
         if device.type == "cuda" and device.index is None:  # as World.start does: a rank must not touch another's GPU
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(local_rank())
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, AttributeError) as error:  # the last where torch was built without it
         raise TercetError(
@@ -220,8 +221,7 @@ def _fastest_dtype(device: torch.device, parameters: int) -> torch.dtype:
 def _threads(parameters: int) -> int:
     # A tiny model's matrices are too small to share. A thread that shares its core with other work lets all the others wait: an iteration
     # of GPT-2 took 41 s on two threads beside one busy process, 23 on one (12 on two alone).
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 1 if parameters < TINY_MODEL else max(1, round(_idle_cores(own_cores()) / ranks))
+    return 1 if parameters < TINY_MODEL else max(1, round(_idle_cores(own_cores()) / local_ranks()))
 
 
 def own_cores() -> list[int]:
@@ -257,5 +257,7 @@ def _tokens(device: torch.device, parameters: int, adapter: bool) -> int:
         return 16_384
     if parameters < _SMALL_MODEL:
         return 4_096
+    if not adapter or parameters < _LARGE_MODEL:
+        return 2_048
     # Beside the adapters of a large model a micro-batch's activations are most of the memory.
-    return 768 if adapter and parameters > _LARGE_MODEL else 2_048
+    return 1_280 if parameters < _HUGE_MODEL else 768

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-FIRST = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started: the one that speaks
+from tercet.runtime.launch import rank
+
+FIRST = rank() == 0  # of the processes that torchrun started: the one that speaks
 console = Console(stderr=True, highlight=False, quiet=not FIRST)
 
 

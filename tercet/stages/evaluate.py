@@ -185,8 +185,9 @@ def surprisal(
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], judge_names: Sequence[str]) -> dict[str, float]:
-    """Means over responses: score, KL, length, share finished, entropy, distinct n-grams, repetition inside a response; perplexity."""
-    names = ["score", "kl", "length", "finished", "entropy", *judge_names]
+    """Means over responses: score, as it is and as PPO is trained on it ("combined"), KL, length, share finished, entropy, distinct
+    n-grams, repetition inside a response; perplexity."""
+    names = ["score", "combined", "kl", "length", "finished", "entropy", *judge_names]
     figures = {name: _mean([float(row[name]) for row in rows]) for name in names}
     for name in ["score", *judge_names]:
         figures[f"{name}_std"] = _mean([(row[name] - figures[name]) ** 2 for row in rows]) ** 0.5

@@ -83,7 +83,7 @@ def train_reward_model(
 
     last = train(run, reward_model, config, len(data), compute, evaluate)
     pairs = score_pairs(eval_data, scores)
-    preferring = sum(len(set(record.ranks)) > 1 for record in train_records)
+    preferring = sum(record.prefers for record in train_records)
     figures = {"reward.comparisons": preferring, "reward.truncated": data.truncated / len(data.store)}
     figures |= {f"reward.{name}": value for name, value in last.items()}
     if pairs:
@@ -94,7 +94,7 @@ def train_reward_model(
 
 def require_preference(records: Iterable[Comparison]) -> None:
     """TercetError if every comparison is a tie."""
-    if all(len(set(record.ranks)) == 1 for record in records):
+    if not any(record.prefers for record in records):
         raise TercetError(
             "data.comparisons: every comparison is a tie, so there is nothing to learn: give some with a preference"
         )

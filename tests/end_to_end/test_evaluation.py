@@ -114,6 +114,14 @@ class TestTheBestPolicyOfTheWay:
         figures = json.loads((straight / "summary.json").read_text())
         assert figures["ppo.best_iteration"] == best["iteration"] and figures["vowels.best"] == pytest.approx(best["value"])
 
+    def test_without_a_judge_it_goes_by_what_ppo_is_trained_on(self, runs: Any, lines: Lines) -> None:
+        """Of responses that have to end within six tokens, and rarely do."""
+        folder = runs.run("sft", "reward", "ppo", ppo={**self.SETTINGS, "max_new_tokens": 6, "missing_eos_penalty": 5.0})
+        best, metrics = json.loads((folder / "ppo/best.json").read_text()), lines(folder / "ppo/metrics.jsonl")
+        row = max(metrics, key=lambda row: row["eval_combined"])
+        assert (best["by"], best["value"], best["iteration"]) == ("combined", row["eval_combined"], row["iteration"])
+        assert all(row["eval_combined"] < row["eval_score"] for row in metrics)
+
     def test_a_killed_run_keeps_the_same_one(self, runs: Any, straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Killed after iteration 4 with a checkpoint of iteration 2: evaluations and best policy are computed again, not doubled."""
         wanted = files(straight / "ppo")

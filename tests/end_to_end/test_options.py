@@ -183,7 +183,7 @@ class TestPPO:
         (rows, _, whole), (part_rows, _, part) = (
             ppo(iterations=3, evaluate_every=1, learning_rate=0.03, interpolation=w) for w in (1.0, 0.5)
         )
-        evaluated = ("eval_score", "eval_kl")
+        evaluated = ("eval_score", "eval_combined", "eval_kl")
         for row, other in zip(rows, part_rows):
             assert all(other[key] == value for key, value in row.items() if key not in evaluated), (
                 "training is the same to the bit"

@@ -257,11 +257,12 @@ def test_what_a_run_asks_of_a_model() -> None:
 
 
 def table() -> str:
-    """Peaks in GiB, bfloat16, micro-batches of 2,048 tokens (768 beside adapters), 64 responses of at most 512 tokens sampled together."""
+    """Peaks in GiB, bfloat16, micro-batches of 2,048 tokens (1,280 beside adapters, of 3 B and more 768), 64 responses of at most 512 tokens sampled together."""
     lines = ["| model | training | SFT | reward model | PPO | evaluation |", "|---|---|---|---|---|---|"]
     for name in PUBLISHED:
         shape, longest = shape_of(name), dict.fromkeys(("sft", "reward", "ppo", "evaluate"), 512)
-        for kind, rank, size in (("all weights", None, 2_048), ("adapters, rank 16", 16, 768)):
+        beside = 1_280 if PUBLISHED[name][2] < 10**9 else 768
+        for kind, rank, size in (("all weights", None, 2_048), ("adapters, rank 16", 16, beside)):
             tokens = dict.fromkeys(longest, size)
             found = [f"{need.total / GIB:.1f}" for need in needs(shape, Load(torch.bfloat16, rank, tokens, longest, 64, 512))]
             lines.append(f"| {name} | {kind} | {' | '.join(found)} |")

@@ -200,6 +200,26 @@ def test_packed_weights_of_gpt2_activate_what_they_multiply(
     assert "forward" not in vars(mlp.act) and "forward" not in vars(mlp.c_fc)
 
 
+@needs_bfloat16
+def test_what_adapters_add_in_gpt2_is_activated_with_the_product(monkeypatch: pytest.MonkeyPatch):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    monkeypatch.setattr(products, "_has_avx512", lambda: True)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)).eval()
+    fuse_activations(model)
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=["c_fc", "c_proj"], fan_in_fan_out=True), model)
+    for name, parameter in model.named_parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape) if "lora" in name else parameter.data
+    use_fast_adapters(model)
+    mlp, x = model.transformer.h[0].mlp, 4 * torch.randn(3, 1, 32)
+    wanted = mlp(x)
+    activated: list[bool] = []
+    mlp.act.register_forward_hook(lambda module, inputs, output: activated.append(torch.equal(inputs[0], output)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), packed_weights(model, 3, torch.bfloat16):
+        torch.testing.assert_close(mlp(x).float(), wanted, rtol=0.02, atol=0.1)
+    assert activated == [True]
+
+
 def test_packed_weights_are_anew_after_a_step():
     model, x = layers(), torch.randn(2, 24).bfloat16()
     with torch.no_grad():

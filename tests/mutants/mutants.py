@@ -503,18 +503,24 @@ ATTENTION: list[Row] = [
     ),
     ("attention looks ahead", "-torch.inf, dtype=dtype).triu_(1)", "-torch.inf, dtype=dtype).triu_(2)"),
     ("attention is not scaled", "k.transpose(1, 2), alpha=scale)", "k.transpose(1, 2))"),
-    ("gradients of queries and keys are not scaled", "-1, wide).mul_(ctx.scale)", "-1, wide)"),
+    ("gradients of queries are not scaled", "beta=0, alpha=ctx.scale, out=for_q)", "beta=0, out=for_q)"),
+    ("gradients of keys are not scaled", "beta=0, alpha=ctx.scale, out=for_k)", "beta=0, out=for_k)"),
+    (
+        "what lay in memory is added to gradients of queries",
+        "beta=0, alpha=ctx.scale, out=for_q)",
+        "beta=1, alpha=ctx.scale, out=for_q)",
+    ),
     (
         "scores are rounded to the precision of values",
         ".softmax(-1).to(dtype)\n                torch",
         ".to(dtype).softmax(-1)\n                torch",
     ),
     ("pads have gradients", "packing.clear_pads(apart[3], h)", "pass"),
-    ("heads are mixed up with texts", "group.rows * heads, -1, part.shape[-1]", "-1, group.length, part.shape[-1]"),
+    ("heads are mixed up with texts", "group.rows * heads, -1, places.shape[1]", "-1, group.length, places.shape[1]"),
     (
         "keys and queries have each other's gradients",
-        "torch.bmm(scores.transpose(1, 2), q, out=for_k)",
-        "torch.bmm(scores.transpose(1, 2), k, out=for_k)",
+        "(for_k, scores.transpose(1, 2), q, beta",
+        "(for_k, scores.transpose(1, 2), k, beta",
     ),
 ]
 
@@ -645,16 +651,19 @@ KERNELS: list[Row] = [
     ("an adapter's B learns without the scale", "(gradient.t() @ low).mul_(ctx.scale)", "(gradient.t() @ low)"),
     ("nothing flows back through adapters", "None, onto=for_low @ down.to(low.dtype))", "None)"),
     ("routers get adapters", "isinstance(found, Tensor) and found.shape == (1, module.out_features)", "True"),
-    ("adapters are not sampled", "base(x, onto=up(down(x) * scale))", "base(x)"),
-    ("adapters are sampled without the scale", "base(x, onto=up(down(x) * scale))", "base(x, onto=up(down(x)))"),
-    ("small adapters are lost in sampling", "base(x, onto=up(down(x) * scale))", "base(x) + up(down(x) * scale)"),
+    ("adapters are not sampled", "torch.cat([x, project(x)], -1)", "torch.cat([x, 0 * project(x)], -1)"),
+    ("adapters are sampled without the scale", 'F.pad(up * adapter.scaling["default"], (0, spare))', "F.pad(up, (0, spare))"),
+    (
+        "small adapters are lost in sampling",
+        "return whole(torch.cat([x, project(x)], -1))",
+        "return whole(torch.cat([x, 0 * project(x)], -1)) + project(x) @ up.t()",
+    ),
     (
         "small adapters are lost in learning",
         "None if bias is None else bias.to(dtype), onto=F.linear(low * scale, up.to(dtype)))",
         "None if bias is None else bias.to(dtype)) + F.linear(low * scale, up.to(dtype))",
     ),
     ("frozen weights are copied whatever their size", "for layer in frozen) > MOST_PACKED:", "for layer in frozen) < 0:"),
-    ("adapters of what is not copied are copied", "_has_adapter(module) and module.base_layer in layers", "_has_adapter(module)"),
     ("adapters are gone after sampling", "if forward is not None:", "if forward is None:"),
 ]
 
@@ -792,8 +801,8 @@ FUSED: list[Row] = [
 MACHINE: list[Row] = [
     ("kernels of all shapes are kept", "        _keep_few_kernels()\n", ""),
     ("the user's own limit is overruled", "os.environ.setdefault(name, _KERNELS)", "os.environ.update({name: _KERNELS})"),
-    ("busy cores are taken", "round(_idle_cores(own_cores()) / ranks)", "round(len(own_cores()) / ranks)"),
-    ("every rank takes all cores", "round(_idle_cores(own_cores()) / ranks)", "round(_idle_cores(own_cores()))"),
+    ("busy cores are taken", "round(_idle_cores(own_cores()) / local_ranks())", "round(len(own_cores()) / local_ranks())"),
+    ("every rank takes all cores", "round(_idle_cores(own_cores()) / local_ranks())", "round(_idle_cores(own_cores()))"),
     ("a minute is spent on a slow precision", "if best and 2 * size**3 / best > 0.5:", "if False:"),
     ("the rate is that of the smallest product", "max(best, 2 * size**3 / (end - start))", "best or 2 * size**3 / (end - start)"),
     ("emulated bfloat16", "including_emulation=False", "including_emulation=True"),

@@ -322,7 +322,7 @@ def test_what_greedy_evaluation_calls_kl_is_not_taken_for_one() -> None:
 def test_a_win_by_the_score_that_was_trained_on_is_called_so() -> None:
     """In the sentence, the headline and the figure; a second reward model needs no such words."""
     won = {"win_rate": 0.97, "win_rate_low": 0.95, "win_rate_high": 0.99}
-    by = "by the score that PPO was trained on"
+    by = "by the reward that PPO was trained on"
     for judge, wanted in (("the training score", True), ("the second reward model", False), (None, False)):
         run = RunData(summary=won | {"win_rate_by": judge})
         (found,) = [one for one in verdict(run) if one.rule == "win_rate_good"]
@@ -360,6 +360,15 @@ def test_a_kl_below_0_is_said_to_be_an_estimate() -> None:
             table is not None and [name for name, note, _ in table.rows if "by chance" in note] == ["KL to the reference"] * said
         )
         assert ("by chance" in headline(run)[0][2]) == said
+
+
+def test_what_ppo_maximises_is_shown_where_a_rule_makes_it_another_figure() -> None:
+    for lost, wanted in ((0.0, ["Training reward"]), (0.5, ["Training reward", "What PPO maximises"])):
+        figures = {"sft": {"score": 1.0, "combined": 1.0}, "ppo": {"score": 2.0, "combined": 2.0 - lost}}
+        flat = {f"{policy}.{name}": value for policy, own in figures.items() for name, value in own.items()}
+        table = comparison(RunData(summary=flat, policies=figures))
+        assert table is not None and [name for name, _, _ in table.rows] == wanted
+        assert table.rows[-1][2][-1] == ("+1" if not lost else "+0.5")
 
 
 def test_without_demonstrations_sft_is_said_to_be_the_model_as_it_came() -> None:

@@ -89,6 +89,14 @@ def test_threads_are_as_many_as_cores_have_nothing_to_do(
     assert resolve("cpu", "float32", "auto", 512, parameters).threads == wanted
 
 
+@pytest.mark.parametrize(
+    ("parameters", "adapter", "wanted"),
+    [(10**6, True, 4_096), (10**8 - 1, True, 2_048), (10**10, False, 2_048), (5 * 10**8, True, 1_280), (10**9, True, 768)],
+)
+def test_tokens_of_a_micro_batch_by_the_models_size(parameters: int, adapter: bool, wanted: int) -> None:
+    assert resolve("cpu", "float32", 1, "auto", parameters, adapter=adapter).microbatch_tokens == wanted
+
+
 def test_onednn_keeps_as_many_kernels_as_the_user_says_else_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")

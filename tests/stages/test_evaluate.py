@@ -117,7 +117,7 @@ def test_surprisal_against_a_slow_loop() -> None:
 
 
 def test_perplexity_is_over_all_tokens_together() -> None:
-    row = {"score": 0.0, "kl": 0.0, "length": 1, "finished": True, "entropy": 0.0, "ids": [1]}
+    row = {"score": 0.0, "combined": 0.0, "kl": 0.0, "length": 1, "finished": True, "entropy": 0.0, "ids": [1]}
     rows = [row | {"surprisal": pair} for pair in ((6.0, 2), (1.0, 1), (0.0, 0))]
     assert summarise(rows, [])["perplexity"] == pytest.approx(math.exp(7 / 3))
     assert "perplexity" not in summarise([row], []) and "perplexity" not in summarise(rows[2:], [])
@@ -228,11 +228,21 @@ def test_greedy_takes_the_likeliest_token() -> None:
 
 def test_figures_by_hand() -> None:
     rows = [
-        {"score": 1.0, "kl": 2.0, "length": 4, "finished": True, "entropy": 0.5, "gold": 3.0, "ids": [1, 2, 1, 2]},
-        {"score": 4.0, "kl": 0.0, "length": 2, "finished": False, "entropy": 1.5, "gold": 3.0, "ids": [1, 2]},
+        {
+            "score": 1.0,
+            "combined": 0.0,
+            "kl": 2.0,
+            "length": 4,
+            "finished": True,
+            "entropy": 0.5,
+            "gold": 3.0,
+            "ids": [1, 2, 1, 2],
+        },
+        {"score": 4.0, "combined": 3.0, "kl": 0.0, "length": 2, "finished": False, "entropy": 1.5, "gold": 3.0, "ids": [1, 2]},
     ]
     figures = summarise(rows, ["gold"])
     assert (figures["score"], figures["score_std"], figures["kl"], figures["length"]) == (2.5, 1.5, 1.0, 3.0)
+    assert figures["combined"] == 1.5
     assert (figures["finished"], figures["entropy"], figures["gold"], figures["gold_std"]) == (0.5, 1.0, 3.0, 0.0)
     assert figures["distinct1"] == 2 / 6 and figures["distinct2"] == 2 / 4
     assert figures["repetition"] == pytest.approx((1 / 3 + 0) / 2)
