@@ -38,6 +38,9 @@ def _states_at(hidden: Tensor, index: Tensor, counts: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, rows + index)
 
 
+HEAD_CHUNK = 8_000_000  # logits that are held at a time
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """What a model makes of its output layer's products: logits = scale * cap * tanh(product / cap), without a cap scale * product.
@@ -91,7 +94,7 @@ def token_logprobs(
     temperature: float = 1.0,
     transform: LogitTransform = LogitTransform(),
     with_entropy: bool = False,
-    chunk_elements: int = 8_000_000,
+    chunk_elements: int = HEAD_CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
     """`logits_logprobs` of transform(states @ weight^T + bias), never holding more than chunk_elements logits at a time (off the CPU
     four times as many).

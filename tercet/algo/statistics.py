@@ -10,6 +10,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from tercet.algo.calibration import wilson
+
 RESAMPLES = 2000
 
 
@@ -114,13 +116,19 @@ def cluster_interval(sums: Tensor, counts: Tensor, seed: int) -> tuple[float, fl
     return percentiles(torch.cat([(drawn @ sums) / (drawn @ counts) for drawn in resamples(len(sums), seed)]), len(sums))
 
 
+_FEW_TRIALS = 10
+
+
 def of_a_share(interval: tuple[float, float], share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` trials: the bootstrap's, which has no width where all were won or lost, and then
-    Wilson's. (Where all are ties, as of one policy with itself, there is nothing uncertain.) Source: Wilson 1927."""
-    if share not in (0.0, 1.0):
+    """The 95 % interval of a share seen in `count` trials: the bootstrap's, and of few trials, or where all were won or lost, as far
+    as Wilson's reaches beyond it: resamples of a few rows are too much alike. (Where all are ties, as of one policy with itself,
+    there is nothing uncertain.)"""
+    low, high = interval
+    sure = share in (0.0, 1.0)
+    if not sure and (count >= _FEW_TRIALS or low == high):
         return interval
-    width = 1.96**2 / (count + 1.96**2)  # what Wilson's formula comes to at 0 and at 1
-    return (0.0, width) if share == 0 else (1 - width, 1.0)
+    least, most = wilson(share, count)
+    return max(0.0, min(low, least)), min(1.0, max(high, most))
 
 
 def length_controlled_win_rate(outcomes: Tensor, differences: Tensor) -> tuple[float, float, float]:

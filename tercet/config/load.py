@@ -247,7 +247,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if child is None:
             child = {}
         elif not isinstance(child, dict):
-            raise TercetError(f"--set {override}: {'.'.join(parts[: depth + 1])} is not a section")
+            place = ".".join(parts[: depth + 1])
+            hint = f"a list: give all of it, as in --set '{place}=[...]'" if isinstance(child, list) else "not a section"
+            raise TercetError(f"--set {override}: {place} is {hint}")
         node[part] = dict(child)
         node = node[part]
     alone: Any = parse_yaml(text, f"--set {key}")
@@ -310,6 +312,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield _unknown_key(path)
         elif problem["type"] == "missing":
             yield f"{'.'.join(path)} is missing: {_section_at(path[:-1]).model_fields[path[-1]].description}"
+        elif problem["type"] == "model_type":
+            keys = ", ".join(_section_at(path).model_fields)
+            yield f"{'.'.join(path)}: expected a section (found {problem['input']!r}), whose keys are {keys}"
         else:
             found = problem["input"]
             message = problem["msg"].removeprefix("Value error, ")

@@ -35,6 +35,7 @@ __all__ = [
 R = TypeVar("R")
 AnyRecord = TypeVar("AnyRecord", Demonstration, Comparison, Prompt)
 ROLES = ("system", "user", "assistant")
+_LARGEST_MARGIN = 100  # in log-odds: beyond it nothing but the margin would be learned
 TURN = re.compile(r"\n\n(?:Human|Assistant):")
 ASSISTANT_TURN = re.compile(r"\n\nAssistant:")
 
@@ -183,8 +184,10 @@ def _comparison(row: Row, form: str) -> Comparison:
                 row.refuse(f"fields 'chosen' and 'rejected' are the same text {show(chosen)}", way_out)
         responses, ranks = (pair[0], pair[1]), (0.0, 1.0)
     margin = _number(row, "margin", row.values.get("margin", 0.0))
-    if margin < 0:
-        row.refuse(f"field 'margin' is {margin:g}", "a number >= 0: how much better the chosen response is")
+    if not 0 <= margin <= _LARGEST_MARGIN:
+        row.refuse(
+            f"field 'margin' is {margin:g}", f"a number >= 0 and <= {_LARGEST_MARGIN}: how much better the chosen response is"
+        )
     used = (*COMPARISON_FORMS[form][0], "margin")
     return Comparison(prompt, responses, ranks, margin, _others(row, used), row.origin)
 

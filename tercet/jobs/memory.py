@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from tercet.algo.logprobs import HEAD_CHUNK
 from tercet.config import Config
 from tercet.models.attention import keeps_weights
 from tercet.models.kernels import MOST_PACKED
@@ -23,7 +24,6 @@ from tercet.stages.rollout import MOST_KEPT
 
 MIB, GIB = 2**20, 2**30
 PROCESS = 500 * MIB  # Python with its libraries, oneDNN's kernels for every shape, gaps in the heap
-HEAD_CHUNK = 8_000_000  # logits that algo/logprobs.py holds at a time
 # Small tensors of adapters come to lie between the activations, so that freed memory is not used again whole (GPT-2: 1.3 to 1.5).
 ADAPTER_GAPS = 1.5
 # For the same reason a part of what sampling has left free is of no use to the update (GPT-2: 0.2, a model of 0.5 B: 0.4).

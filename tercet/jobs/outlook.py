@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from tercet.algo.products import onednn_computes
 from tercet.config import Config
 from tercet.data.files import data_files
-from tercet.data.records import judge_split, split
+from tercet.data.records import TURN, judge_split, split
 from tercet.data.template import Template
 from tercet.jobs.memory import GIB, Need, Shape, load_of, needs
 from tercet.models.load import special_tokens
@@ -75,6 +75,8 @@ def outlook(
     if "comparisons" in sources:
         yield from _comparisons(config, sources)
     yield from leaks(config, sources)
+    if template.kind == "chat":
+        yield from _transcripts(sources)
     if (
         machine.device.type == "cpu"
         and machine.dtype is torch.bfloat16
@@ -233,6 +235,19 @@ def _counts(name: str, sources: Mapping[str, Any], config: Config) -> Iterator[C
             f"data.{name}: nothing is held out, so nothing can be measured on texts that were not trained on: set data.{KINDS[name]}, or "
             "give at least 20 records with different prompts, and data.held_out",
         )
+
+
+def _transcripts(sources: Mapping[str, Any]) -> Iterator[Check]:
+    """Whole conversations in one text, where a chat template will write them as one turn of the user's."""
+    for name in KINDS:
+        records = sources.get(name, ())
+        found = sum(isinstance(record.prompt, str) and TURN.search(record.prompt) is not None for record in records)
+        if found:
+            yield Check(
+                "warning",
+                f"data.{name}: {found} of {len(records)} prompts are transcripts (Human: ... Assistant: ...), which the chat template writes "
+                "as one turn of the user: set model.template: plain, or give each conversation as a list of messages",
+            )
 
 
 def _comparisons(config: Config, sources: Mapping[str, Any]) -> Iterator[Check]:

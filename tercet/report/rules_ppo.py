@@ -163,7 +163,9 @@ def _before_and_after(run: RunData, name: str) -> tuple[float | None, float | No
 
 def _stops(run: RunData) -> Iterable[Finding]:
     sft, ppo = _before_and_after(run, "finished")
-    if sft is not None and ppo is not None:
+    changes = gains(run, "finished")
+    by_chance = len(changes) >= 2 and interval_of_mean(changes)[2] >= 0
+    if sft is not None and ppo is not None and not by_chance:
         text = f"{percent(sft)} of SFT's responses end by a stop token, and {percent(ppo)} of PPO's."
         yield from fault("finished_fell", sft - ppo, text, percent(ppo))
 

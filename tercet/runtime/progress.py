@@ -6,10 +6,12 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from tercet.runtime.launch import rank
 
 FIRST = rank() == 0  # of the processes that torchrun started: the one that speaks
+_ROOMY = 110  # columns
 console = Console(stderr=True, highlight=False, quiet=not FIRST)
 
 
@@ -17,13 +19,15 @@ class Bar:
     """A progress bar with figures beside it; silent on every rank but the first."""
 
     def __init__(self, title: str, total: int, *, done: int = 0, silent: bool = False):
+        drawn = (
+            (BarColumn(bar_width=24), TimeElapsedColumn()) if console.width >= _ROOMY else ()
+        )  # else rich would cut the figures
         self._progress = Progress(
             TextColumn("[bold]{task.description:<10}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            *drawn,
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[figures]}", table_column=Column()),  # what may go on in a second line
             console=console,
             disable=silent,
         )

@@ -48,6 +48,10 @@ def check_finite(scores: Tensor, texts: Texts, source: str) -> Tensor:
     if bad:
         raise TercetError(
             f"{source} gave the score {scores[bad[0]].item()} to {len(bad)} of {len(scores)} responses, the first being "
-            f"{texts.responses[bad[0]][:120]!r}: every score must be a finite number"
+            f"{texts.responses[bad[0]][:120]!r} to the prompt {_end_of(texts.prompts[bad[0]])!r}: every score must be a finite number"
         )
     return scores
+
+
+def _end_of(prompt: Text) -> str:
+    return (prompt if isinstance(prompt, str) else prompt[-1].content)[-120:]

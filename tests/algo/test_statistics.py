@@ -14,6 +14,7 @@ from tercet.algo.statistics import (
     cluster_interval,
     distinct_n,
     length_controlled_win_rate,
+    of_a_share,
     resamples,
     student_quantile,
     tilted,
@@ -257,3 +258,20 @@ def test_no_turn_where_the_score_falls_too_or_there_is_too_little_to_see() -> No
     assert turning_point(falling, path([0, 2, 2.05], seed=1), seed=0) is None, "a rise that may be chance"
     assert turning_point(rising, rising, seed=0) is None
     assert turning_point(falling[:2], rising[:2], seed=0) is None and turning_point(falling[:, :3], rising[:, :3], seed=0) is None
+
+
+@pytest.mark.parametrize("trials", [2, 3, 4, 5, 7, 9, 12])
+@pytest.mark.parametrize("chance", [0.1, 0.3, 0.5, 0.6])
+def test_the_interval_of_a_share_of_few_trials_holds_the_truth(trials: int, chance: float) -> None:
+    """The exact probability, over all outcomes. The bootstrap alone: 0.5 of two trials, 0.75 of three."""
+    holds = 0.0
+    for won in range(trials + 1):
+        outcomes = torch.tensor([1.0] * won + [0.0] * (trials - won))
+        low, high = of_a_share(bootstrap_interval(outcomes, seed=0), won / trials, trials)
+        assert 0 <= low <= high <= 1
+        holds += math.comb(trials, won) * chance**won * (1 - chance) ** (trials - won) * (low <= chance <= high)
+    assert holds > 0.87
+
+
+def test_ties_alone_are_not_uncertain() -> None:
+    assert of_a_share((0.5, 0.5), 0.5, 4) == (0.5, 0.5)

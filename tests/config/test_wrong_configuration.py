@@ -43,6 +43,8 @@ WRONG: list[tuple[str, list[str]]] = [
     (G + "gae_lambda: 1", ["gae_lambda: unknown key; did you mean ppo.gae_lambda?"]),
     (G + "checkpoint: {zzz: 1}", ["checkpoint.zzz: unknown key; known here: every, every_minutes, keep"]),
     (G + "ppo: {rewards: [{wieght: 1}]}", ["ppo.rewards.0.wieght", "did you mean ppo.rewards.0.weight?"]),
+    (G + "ppo: {kl: 0.1}", ["ppo.kl: expected a section (found 0.1), whose keys are coef, "]),
+    (G + "ppo: {rewards: [{kind: stage}, 5]}", ["ppo.rewards.1: expected a section (found 5), whose keys are kind, "]),
     (G + "ppo: {best_kl_budget: 10}", ["best_kl_budget is set but evaluate_every is 0", "try evaluate_every: 10"]),
     (
         G + "evaluation: {greedy: true}\nppo: {best_kl_budget: 9, evaluate_every: 1}",
@@ -176,3 +178,8 @@ def test_the_shortest_horizon_that_cannot_turn_the_coefficient() -> None:
     """0.2 * 128 = 25.6; a fixed coefficient has no horizon to check."""
     for kl in ({"controller": "adaptive", "horizon": 26}, {"horizon": 1}):
         load_config({"model": {"name": "gpt2"}, "ppo": {"kl": kl}})
+
+
+def test_a_part_of_a_list_cannot_be_overridden() -> None:
+    with pytest.raises(TercetError, match=r"ppo\.rewards is a list: give all of it, as in --set 'ppo\.rewards=\[\.\.\.\]'"):
+        load_config({"model": {"name": "gpt2"}, "ppo": {"rewards": [{"kind": "stage"}]}}, ["ppo.rewards.0.weight=2"])

@@ -156,6 +156,12 @@ FILES: dict[str, tuple[Reader, str, bytes, list[str]]] = {
         ["'chosen' is \"good\"", "'prompt'", "Human:"],
     ),
     "negative margin": (PAIRS, "a.jsonl", line(prompt="p", chosen="a", rejected="b", margin=-1), ["'margin' is -1", ">= 0"]),
+    "immense margin": (
+        PAIRS,
+        "a.jsonl",
+        line(prompt="p", chosen="a", rejected="b", margin=1e30),
+        ["'margin' is 1e+30", "<= 100"],
+    ),
     "margin in words": (PAIRS, "a.jsonl", line(prompt="p", chosen="a", rejected="b", margin="1"), ["'margin' is \"1\""]),
     "null margin": (PAIRS, "a.jsonl", line(prompt="p", chosen="a", rejected="b", margin=None), ["'margin' is null"]),
     "margin true": (PAIRS, "a.jsonl", line(prompt="p", chosen="a", rejected="b", margin=True), ["'margin' is true"]),

@@ -16,13 +16,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tercet.algo.logprobs import HEAD_CHUNK
 from tercet.algo.products import onednn_computes
 from tercet.config import load_config
 from tercet.jobs.memory import (
     ADAPTER_APART,
     ADAPTER_GAPS,
     GIB,
-    HEAD_CHUNK,
     MIB,
     PROCESS,
     Load,
@@ -257,7 +257,8 @@ def test_what_a_run_asks_of_a_model() -> None:
 
 
 def table() -> str:
-    """Peaks in GiB, bfloat16, micro-batches of 2,048 tokens (1,280 beside adapters, of 3 B and more 768), 64 responses of at most 512 tokens sampled together."""
+    """Peaks in GiB, bfloat16, micro-batches of 2,048 tokens (1,280 beside adapters, of 3 B and more 768), 64 responses of at most 512
+    tokens sampled together."""
     lines = ["| model | training | SFT | reward model | PPO | evaluation |", "|---|---|---|---|---|---|"]
     for name in PUBLISHED:
         shape, longest = shape_of(name), dict.fromkeys(("sft", "reward", "ppo", "evaluate"), 512)

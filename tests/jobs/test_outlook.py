@@ -171,6 +171,20 @@ def test_more_memory_than_is_free_is_warned_of(base: str, monkeypatch: pytest.Mo
     assert warnings(base, sound()) == []
 
 
+def test_transcripts_under_a_chat_template_are_warned_of(base: str) -> None:
+    turns, end = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}",
+        "{% if add_generation_prompt %}",
+    )
+    spoken = [Demonstration(f"\n\nHuman: question {i}?\n\nAssistant:", " yes.") for i in range(3)]
+    for template, told in (("chat", True), ("plain", False)):
+        config = {"model": {"name": base, "template": template}}
+        sources = sound()
+        sources["sft"] = type(sources["sft"])([*sources["sft"], *spoken])
+        found = warnings(base, sources, config, chat_template=turns + end + "assistant: {% endif %}")
+        assert any("data.sft: 3 of" in text and "set model.template: plain" in text for text in found) == told
+
+
 def test_a_chat_template_whose_end_is_no_stop_is_warned_of(base: str) -> None:
     chat = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -243,6 +243,13 @@ def test_a_ppo_that_stopped_before_the_evaluation_is_judged_by_its_own_iteration
     assert [f.rule for f in verdict(drawn(length=[20.0]))] == ["healthy"]
 
 
+def test_a_few_responses_that_did_not_end_may_be_chance() -> None:
+    for lost, told in ((1, False), (6, True)):
+        samples = [{"sft_finished": True, "ppo_finished": place >= lost} for place in range(8)]
+        found = verdict(RunData(summary={"sft.finished": 1.0, "ppo.finished": 1 - lost / 8}, samples=samples))
+        assert ("finished_fell" in [finding.rule for finding in found]) == told
+
+
 def test_broken_contents_of_files_say_nothing() -> None:
     for path in (
         {"turns": 3},

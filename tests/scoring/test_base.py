@@ -40,5 +40,7 @@ def test_weighted_sum_keeps_the_wider_type() -> None:
 def test_scores_must_be_finite(bad: float) -> None:
     fine = torch.tensor([1.0, -2.0])
     assert check_finite(fine, TEXTS, "it") is fine
-    with pytest.raises(TercetError, match=rf"it gave the score {bad} to 1 of 2 responses, the first being 'two'"):
+    with pytest.raises(
+        TercetError, match=rf"it gave the score {bad} to 1 of 2 responses, the first being 'two' to the prompt 'b'"
+    ):
         check_finite(torch.tensor([1.0, bad]), TEXTS, "it")
