@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from tercet.algo.masks import at_least_float32
 from tercet.algo.products import head_centre, head_rows, linear_product, pieces, product_dtype, spare_rows, transposed_product
 
+HEAD_CHUNK = 8_000_000  # logits that are held at a time
+
 
 def response_states(hidden: Tensor, prompt_lens: Tensor, mask: Tensor) -> Tensor:
     """The hidden states that predict the response tokens: state t of a row is at index prompt_len - 1 + t of its text.
@@ -36,9 +38,6 @@ def _states_at(hidden: Tensor, index: Tensor, counts: Tensor) -> Tensor:
     starts = torch.arange(len(hidden), device=hidden.device) * hidden.shape[1]
     rows = starts.repeat_interleave(counts, output_size=len(index))
     return hidden.flatten(0, 1).index_select(0, rows + index)
-
-
-HEAD_CHUNK = 8_000_000  # logits that are held at a time
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,9 @@ class _Head:
 
     def _logits(self, product: Tensor) -> Tensor:
         """Numbers of their own, that may be changed in place."""
-        logits = self.transform(product.to(torch.promote_types(product.dtype, torch.float32), copy=True))
+        logits = self.transform(at_least_float32(product))
+        if logits is product:
+            logits = product.clone()
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
 

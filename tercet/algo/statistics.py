@@ -13,6 +13,7 @@ from torch import Tensor
 from tercet.algo.calibration import wilson
 
 RESAMPLES = 2000
+_FEW_ROWS = 6
 
 
 def best_of_n(scores: Tensor, values: Tensor, n: int) -> float:
@@ -55,11 +56,15 @@ def bootstrap_interval(values: Tensor, seed: int, samples: int = RESAMPLES, leve
     """Expanded percentile bootstrap interval (low, high) of the mean of values, resampling rows.
 
     values (N,), or (N, ...) where what belongs to one row (the samples of a prompt) is drawn together; N >= 1. The same seed
-    gives the same interval. ValueError: no rows. Source: Hesterberg 2015.
+    gives the same interval. Of 2 to 5 rows, whose resamples lie between the least and the greatest, it is Student's. ValueError: no
+    rows. Source: Hesterberg 2015.
     """
     if len(values) == 0:
         raise ValueError("a bootstrap interval needs at least one value")
     rows = values.detach().cpu().double().reshape(len(values), -1).mean(1)
+    if 1 < len(rows) < _FEW_ROWS:
+        middle, half = rows.mean(), student_quantile(len(rows) - 1, level) * rows.std() / math.sqrt(len(rows))
+        return float(middle - half), float(middle + half)
     generator = torch.Generator().manual_seed(seed)
     # One resample at a time: samples x N indices at once would be gigabytes for large evaluations.
     means = torch.stack([rows[torch.randint(len(rows), (len(rows),), generator=generator)].mean() for _ in range(samples)])
@@ -116,19 +121,11 @@ def cluster_interval(sums: Tensor, counts: Tensor, seed: int) -> tuple[float, fl
     return percentiles(torch.cat([(drawn @ sums) / (drawn @ counts) for drawn in resamples(len(sums), seed)]), len(sums))
 
 
-_FEW_TRIALS = 10
-
-
 def of_a_share(interval: tuple[float, float], share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` trials: the bootstrap's, and of few trials, or where all were won or lost, as far
-    as Wilson's reaches beyond it: resamples of a few rows are too much alike. (Where all are ties, as of one policy with itself,
-    there is nothing uncertain.)"""
-    low, high = interval
-    sure = share in (0.0, 1.0)
-    if not sure and (count >= _FEW_TRIALS or low == high):
-        return interval
-    least, most = wilson(share, count)
-    return max(0.0, min(low, least)), min(1.0, max(high, most))
+    """The 95 % interval of a share seen in `count` trials: the bootstrap's, which has no width where all were won or lost, and then
+    Wilson's. (Where all are ties, as of one policy with itself, there is nothing uncertain.)"""
+    low, high = wilson(share, count) if share in (0.0, 1.0) else interval
+    return max(0.0, low), min(1.0, high)
 
 
 def length_controlled_win_rate(outcomes: Tensor, differences: Tensor) -> tuple[float, float, float]:

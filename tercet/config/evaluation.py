@@ -12,11 +12,12 @@ from tercet.config.section import Path, Section, setting
 Count = Annotated[int, Field(ge=1)]
 # What evaluation itself calls the columns of a response and the judges that it makes, and the policies.
 _TAKEN = {"score", "judge", "bag_of_words", "gold", "kl", "entropy", "place", "response", "ids", "length", "finished"}
-_TAKEN |= {"surprisal", "draw", "win_rate", "lc_win_rate", "perplexity", "distinct1", "distinct2", "repetition"}
+_TAKEN |= {"combined", "surprisal", "draw", "win_rate", "lc_win_rate", "perplexity", "distinct1", "distinct2", "repetition"}
 _TAKEN |= {"base", "sft", "ppo", "best", "prompt", "group", "main"}
 # And PPO's metrics, into whose rows evaluations on the way write.
 _TAKEN |= {"iteration", "reward", "kl_k3", "kl_coef", "score_std", "explained_variance", "skipped", "ratio", "alarms"}
-_TAKEN |= {"sampler_logprob_gap", "epochs_done", "optimizer_steps", "learning_rate", "eval_score", "eval_kl"}
+_TAKEN |= {"sampler_logprob_gap", "epochs_done", "optimizer_steps", "learning_rate"}
+_TAKEN |= {"eval_score", "eval_combined", "eval_kl"}
 _TAKEN |= {"policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm", "value_grad_norm"}
 _ENDINGS = ("_std", "_low", "_high")  # of a figure's spread and interval
 
@@ -59,7 +60,7 @@ class EvaluationConfig(Section):
         )
         if odd is not None:
             raise ValueError(f"policies: the name {odd!r} should be letters, digits, - and _, and no judge's name: rename it")
-        judged = ("score", "kl", "length", "finished", "judge", "bag_of_words", "gold", *self.judges)
+        judged = ("score", "combined", "kl", "length", "finished", "judge", "bag_of_words", "gold", *self.judges)
         columns = {f"{policy}_{figure}" for policy in ("base", "sft", "ppo", "best", *self.policies) for figure in judged}
         clash = next((name for name in self.policies if name in columns), None)
         if clash is not None:

@@ -94,7 +94,7 @@ def read_comparisons(source: str | os.PathLike[str], split: str = "train") -> Re
     """Stage 2. Forms: prompt, chosen, rejected | prompt, responses, ranks (smaller is better, equal is a tie) | chosen, rejected
     as whole transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") or message lists: their common turns are the prompt.
 
-    `margin` (>= 0) is optional; all other fields go to Comparison.fields. Sources and errors as in read_demonstrations.
+    `margin` (0 to 100) is optional; all other fields go to Comparison.fields. Sources and errors as in read_demonstrations.
     """
     return _read(source, split, COMPARISON_FORMS, _comparison)
 

@@ -148,9 +148,9 @@ def run_ppo(shop: Workshop) -> Figures:
             by = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "eval_combined")
             if shop.world.any(shop.world.is_main and is_best(figures, run.metrics.read(), by, config.best_kl_budget)):
                 whose = by.removeprefix("eval_")
-                shop.write_policy(
-                    policy, shop.folder / "ppo/best", f"PPO by Tercet, iteration {iteration}: the highest {whose} score."
-                )
+                highest = "score after its clip and the rule for unended responses" if whose == "combined" else f"{whose} score"
+                about = f"PPO by Tercet, iteration {iteration}: the highest {highest}."
+                shop.write_policy(policy, shop.folder / "ppo/best", about)
                 if shop.world.is_main:
                     best = {"iteration": iteration, "kl": means["kl"], "by": whose, "value": figures[by]}
                     write_json(shop.folder / "ppo/best.json", best)

@@ -232,6 +232,8 @@ def packed_weights(model: nn.Module, rows: int, dtype: torch.dtype, head: nn.Mod
         if sum(layer.weight.nbytes for layer in frozen) > MOST_PACKED:
             linear = [layer for layer in linear if layer not in frozen]
         layers = [layer for layer in linear if dtype is torch.bfloat16 or packing_pays(layer.weight, rows)]
+        # Where oneDNN does not compute, an adapter's columns would be worth no copy of the weight beside them.
+        layers = [one for one in layers if one not in adapters or onednn_computes(one.weight.new_empty(0, dtype=dtype))]
     activated = {layer: activation for layer, activation in _activated(model, dtype) if layer in layers}
     forwards: dict[Any, Any] = {activation: _unchanged for activation in activated.values()}
     for layer in layers:

@@ -32,6 +32,7 @@ FIGURES = {
     "gold.ppo": "gold score, PPO",
     "gold.win_rate": "PPO preferred to SFT by gold",
     "ppo.score": "training reward, PPO",
+    "ppo.combined": "the same after its clip and the rule for unended responses",
     "ppo.kl": "KL from SFT, nats a response",
     "ppo.length": "tokens a response, PPO",
     "sft.length": "tokens a response, SFT",

@@ -53,7 +53,7 @@ def on_prompts(run: RunData) -> str:
 
 
 def judged_by(run: RunData) -> str:
-    """Who gave the headline's win rate, where that is no other judge than the score that PPO maximised; else ""."""
+    """Who gave the headline's win rate, where that is no other judge than the reward that PPO was trained on; else ""."""
     return "by the reward that PPO was trained on" if run.summary.get("win_rate_by") == "the training score" else ""
 
 

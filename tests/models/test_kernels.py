@@ -266,12 +266,12 @@ def test_recomputing_leaves_sampling_with_a_cache_alone():
     assert torch.equal(outputs[0].logits, outputs[1].logits)
 
 
-def adapted(fast: bool) -> nn.Sequential:
-    """`layers` in float64 below adapters of rank 3 that do something."""
+def adapted(fast: bool, rank: int = 3) -> nn.Sequential:
+    """`layers` in float64 below adapters of that rank that do something."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model = layers().double()
-    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=["0", "1", "2", "3"]), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=5, target_modules=["0", "1", "2", "3"]), model)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
@@ -331,8 +331,9 @@ def test_a_small_adapter_is_not_lost_in_bfloat16(packed: bool):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_adapters_of_packed_weights_are_packed_with_them():
-    model = adapted(fast=True).float()
+@pytest.mark.parametrize("rank", [3, 32, 40])
+def test_adapters_of_packed_weights_are_packed_with_them(rank: int):
+    model = adapted(fast=True, rank=rank).float()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
     use_fast_products(model)
@@ -341,7 +342,7 @@ def test_adapters_of_packed_weights_are_packed_with_them():
         plain, own = model(x), [vars(layer)["forward"] for layer in model]
         with packed_weights(model, 3, torch.bfloat16):
             assert all(vars(layer)["forward"] is not forward for layer, forward in zip(model, own))
-            torch.testing.assert_close(model(x), plain, rtol=0.02, atol=0.05)
+            torch.testing.assert_close(model(x), plain, rtol=0.02, atol=0.05 if rank == 3 else 0.02 * plain.abs().max().item())
         assert [vars(layer)["forward"] for layer in model] == own
         assert torch.equal(model(x), plain)
 

@@ -281,6 +281,7 @@ SCHEDULES: list[Row] = [
 ]
 
 STATISTICS: list[Row] = [
+    ("a mean of few rows is as certain as resamples", "if 1 < len(rows) < _FEW_ROWS:", "if False:"),
     ("best-of-n with replacement", "(i - n + 1) / i if i else 0.0", "((i - 1) / i) ** (n - 1) if i else 0.0"),
     ("KL of best-of-n without its second term", "math.log(n) - (n - 1) / n", "math.log(n)"),
     ("one policy against itself is uncertain", " * (not certain)", ""),
@@ -815,8 +816,8 @@ FOLDER: list[Row] = [
     ("nothing may be there, a run's own model neither", "return  # a model from scratch", "pass  # a model from scratch"),
 ]
 SHARE: list[Row] = [
-    ("an interval without a width", "if share not in (0.0, 1.0):", "if True:"),
-    ("ties alone are uncertain", "if share not in (0.0, 1.0):", "if share not in (0.0, 0.5, 1.0):"),
+    ("an interval without a width", "if share in (0.0, 1.0) else", "if False else"),
+    ("ties alone are uncertain", "if share in (0.0, 1.0) else", "if share in (0.0, 0.5, 1.0) else"),
 ]
 
 CLASSIFIER: list[Row] = [
@@ -1049,6 +1050,11 @@ MUTANTS: list[Mutant] = [
     *_of("models/adapters.py", "models/test_storage.py", MERGING),
     *_of("stages/evaluate.py", "stages/test_evaluate.py", JUDGED),
     *_of("jobs/evaluation.py", "end_to_end/test_adapters.py", ONE_AT_A_TIME),
+    *_of(
+        "jobs/training.py",
+        "end_to_end/test_evaluation.py",
+        [("the best policy goes by the raw reward", 'if name in means), "eval_combined")', 'if name in means), "eval_score")')],
+    ),
     *_of("models/interpolation.py", "models/test_interpolation.py", INTERPOLATION),
     *_of("runtime/machine.py", "runtime/test_machine_and_world.py", MACHINE),
     *_of("models/load.py", "models/test_load.py", LOAD),

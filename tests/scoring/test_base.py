@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tercet.scoring.base import Texts, WeightedSum, check_finite
-from tercet.types import Sequences, TercetError, TokenRow
+from tercet.types import Message, Sequences, TercetError, TokenRow
 
 TEXTS = Texts(["a", "b"], ["one", "two"], [{}, {}])
 SEQUENCES = Sequences.from_rows([TokenRow((1, 2), 1), TokenRow((1, 3), 1)])
@@ -44,3 +44,9 @@ def test_scores_must_be_finite(bad: float) -> None:
         TercetError, match=rf"it gave the score {bad} to 1 of 2 responses, the first being 'two' to the prompt 'b'"
     ):
         check_finite(torch.tensor([1.0, bad]), TEXTS, "it")
+
+
+def test_of_a_conversation_the_last_turn_is_shown() -> None:
+    turns = (Message("user", "hello"), Message("assistant", "yes?"), Message("user", "why"))
+    with pytest.raises(TercetError, match="to the prompt 'why'"):
+        check_finite(torch.tensor([math.nan]), Texts([turns], ["one"], [{}]), "it")
