@@ -197,7 +197,6 @@ def _without_passwords(text: str) -> str:
 
 def main() -> None:
     """Entry point: a TercetError is one message and status 2; an interrupted run says how to go on."""
-
     try:
         app()
     except TercetError as error:

@@ -144,15 +144,15 @@ def run_ppo(shop: Workshop) -> Figures:
             if shop.world.is_main:
                 evaluations.append({"iteration": iteration, **columns})
             means = {name: sum(values) / len(values) for name, values in columns.items()}
-            figures = {name if name in judges.others else f"eval_{name}": value for name, value in means.items()}
-            by = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "eval_combined")
-            if shop.world.any(shop.world.is_main and is_best(figures, run.metrics.read(), by, config.best_kl_budget)):
-                whose = by.removeprefix("eval_")
+            keys = {name: name if name in judges.others else f"eval_{name}" for name in means}
+            figures = {keys[name]: value for name, value in means.items()}
+            whose = next((name for name in ("judge", *shop.config.evaluation.judges) if name in means), "combined")
+            if shop.world.any(shop.world.is_main and is_best(figures, run.metrics.read(), keys[whose], config.best_kl_budget)):
                 highest = "score after its clip and the rule for unended responses" if whose == "combined" else f"{whose} score"
                 about = f"PPO by Tercet, iteration {iteration}: the highest {highest}."
                 shop.write_policy(policy, shop.folder / "ppo/best", about)
                 if shop.world.is_main:
-                    best = {"iteration": iteration, "kl": means["kl"], "by": whose, "value": figures[by]}
+                    best = {"iteration": iteration, "kl": means["kl"], "by": whose, "value": means[whose]}
                     write_json(shop.folder / "ppo/best.json", best)
             return figures
 

@@ -1053,7 +1053,7 @@ MUTANTS: list[Mutant] = [
     *_of(
         "jobs/training.py",
         "end_to_end/test_evaluation.py",
-        [("the best policy goes by the raw reward", 'if name in means), "eval_combined")', 'if name in means), "eval_score")')],
+        [("the best policy goes by the raw reward", 'if name in means), "combined")', 'if name in means), "score")')],
     ),
     *_of("models/interpolation.py", "models/test_interpolation.py", INTERPOLATION),
     *_of("runtime/machine.py", "runtime/test_machine_and_world.py", MACHINE),
